@@ -1,0 +1,1 @@
+"""Adapters: how a model of one modality is read. `read(model, batch, needs) -> Outputs`."""

@@ -1,0 +1,90 @@
+"""A recipe to its parts: student, teacher, objective, data, arguments. Everything is checked before weights are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llmkd import config as recipes
+from llmkd.data.load import DataSpec
+from llmkd.divergences import DIVERGENCES
+from llmkd.errors import ConfigError
+from llmkd.objectives import OBJECTIVES, Mix, Objective
+from llmkd.students import STUDENTS
+from llmkd.teachers import TEACHERS
+from llmkd.weights import load_tokenizer, locate
+
+TABLES: dict[str, Mapping[str, Callable[..., Any]]] = {
+    "divergence": DIVERGENCES,
+    "objective": OBJECTIVES,
+    "teacher": TEACHERS,
+    "model": STUDENTS,
+}
+
+
+@dataclass
+class Parts:
+    """What DistillTrainer and the data need, built."""
+
+    model: Any
+    teacher: Any
+    objective: Objective
+    tokenizer: Any
+    peft_config: Any
+
+
+def data_spec(config: Mapping[str, Any]) -> DataSpec:
+    """The `data:` block, checked."""
+    return recipes.check(DataSpec, config["data"], "data")
+
+
+def objective(spec: Any) -> Objective:
+    """The `objective:` block: a name, a mapping, or a list of mappings with a `weight` each."""
+    entries = spec if isinstance(spec, list) else [spec]
+    parts, weights = [], []
+    for entry in entries:
+        options = dict(entry) if isinstance(entry, Mapping) else {"name": entry}
+        weight = options.pop("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise ConfigError(f"objective.weight: got {weight!r}; expected a number.")
+        parts.append(recipes.build("objective", options, TABLES))
+        weights.append(float(weight))
+    return Mix(parts, weights)
+
+
+def parts(config: Mapping[str, Any]) -> Parts:
+    """Build every part; within `weights.stand_in` this loads no weights."""
+    goal = objective(config["objective"])
+    peft_config = peft(config.get("peft"))
+    model_spec, teacher_spec = _spec(config["model"], "pretrained"), _spec(config.get("teacher"), "local")
+    tokenizer = load_tokenizer(_tokenizer_source(model_spec, teacher_spec))
+    teacher = recipes.build("teacher", teacher_spec, TABLES) if teacher_spec else None
+    model = recipes.build("model", model_spec, TABLES, teacher_model=getattr(teacher, "model", None))
+    return Parts(model, teacher, goal, tokenizer, peft_config)
+
+
+def peft(block: Mapping[str, Any] | None) -> Any:
+    """The `peft:` block, verbatim LoraConfig; `merge` is llmkd's and handled at export."""
+    if block is None:
+        return None
+    from peft import LoraConfig
+
+    options = {key: value for key, value in block.items() if key != "merge"}
+    return recipes.build("peft", {"name": "lora", "task_type": "CAUSAL_LM", **options}, {"peft": {"lora": LoraConfig}})
+
+
+def _spec(spec: Any, default: str) -> dict[str, Any] | None:
+    """A string is a path; a mapping without a name is the default entry."""
+    if spec is None:
+        return None
+    options = {"path": spec} if isinstance(spec, str) else dict(spec)
+    return {"name": default, **options}
+
+
+def _tokenizer_source(model: Mapping[str, Any] | None, teacher: Mapping[str, Any] | None) -> Any:
+    """The student's tokenizer; the teacher's where the student is cut from it."""
+    for spec in (model, teacher):
+        if spec and isinstance(spec.get("path"), str):
+            return locate(spec["path"], spec.get("gguf_file"), spec.get("revision"))
+    raise ConfigError("model: neither model nor teacher has a path; expected one, to take the tokenizer from.")

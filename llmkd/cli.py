@@ -1,0 +1,142 @@
+"""The command line: `llmkd train RECIPE`, `llmkd list`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llmkd.errors import LlmkdError
+
+app = typer.Typer(
+    help="Distil large language models into small ones.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    add_completion=False,
+)
+
+TRAIN_EXAMPLES = """
+**Examples**
+
+    llmkd train recipes/quickstart.yaml
+
+    llmkd train recipes/quickstart.yaml train.max_steps=20 objective.1.weight=0.5 train.output_dir=runs/short
+
+    llmkd train recipes/quickstart.yaml --resume
+
+    accelerate launch --config_file recipes/accelerate/zero3.yaml -m llmkd train recipes/quickstart.yaml
+"""
+
+
+@app.callback()
+def _main() -> None:
+    """Distil large language models into small ones."""
+
+
+@app.command(epilog=TRAIN_EXAMPLES)
+def train(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe, such as recipes/quickstart.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to the recipe: a.b=value ...")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Build and check everything, load no weights.")] = False,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Two steps on a tiny random model, no network.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the recipe's folder.")] = False,
+) -> None:
+    """Distil a student as a recipe says; ends with a table, a run folder and the next command."""
+    from llmkd import config as recipes
+
+    config = recipes.load(recipe, overrides or [])
+    _quiet()
+    if dry_run:
+        _show_plan(config)
+    elif smoke:
+        from llmkd.plan import smoke as run_smoke
+
+        metrics = run_smoke(config, _announce)
+        _announce(f"smoke: {metrics['train']['steps']} steps, loss {metrics['train']['loss']:.4g}: the recipe runs.")
+    else:
+        _train(config, recipe, resume)
+
+
+@app.command(name="list")
+def list_(
+    kind: Annotated[str | None, typer.Argument(help="divergence, objective, teacher or model; all if left out.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table that README shows.")] = False,
+) -> None:
+    """Print every table: names, formulas, papers, how each was checked, knobs."""
+    from llmkd import catalog
+    from llmkd.errors import unknown_name
+
+    if kind is not None and kind not in catalog.KINDS:
+        raise unknown_name("table", kind, catalog.KINDS)
+    if markdown:
+        print(catalog.markdown())
+        return
+    for entry in catalog.entries(kind):
+        knobs = f"\n    knobs: {entry.knobs}" if entry.knobs else ""
+        print(f"{entry.kind} {entry.name}\n    {entry.formula}\n    paper: {entry.paper}{knobs}")
+
+
+def _train(config: dict[str, Any], recipe: Path, resume: bool) -> None:
+    from llmkd.distributed import is_main
+    from llmkd.run import Stopped, folder_of
+    from llmkd.run import train as run
+    from llmkd.table import show
+
+    folder = folder_of(config, recipe.stem)
+    try:
+        metrics = run(config, folder, resume, _announce)
+    except Stopped as stopped:
+        _announce(f"stopped; checkpoint: {stopped}. Go on with: {_again()}")
+        raise typer.Exit(130) from stopped
+    if is_main():
+        show(metrics, folder)
+
+
+def _show_plan(config: dict[str, Any]) -> None:
+    from llmkd import config as recipes
+    from llmkd.plan import dry_run
+
+    memory = dry_run(config)
+    print(recipes.dump(config), end="")
+    print("# memory of one unsharded device, GiB: " + ", ".join(f"{name} {size:.2f}" for name, size in memory.items()))
+    print("# everything checked; nothing was loaded or written")
+
+
+def _again() -> str:
+    words = [word for word in sys.argv[1:] if word != "--resume"]
+    return " ".join(["llmkd", *words, "--resume"])
+
+
+def _announce(text: str) -> None:
+    from llmkd.distributed import is_main
+
+    if is_main():
+        print(text, flush=True)
+
+
+def _quiet() -> None:
+    """One progress bar, not one for every file; warnings of llmkd itself stay."""
+    import warnings
+
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module="torch|transformers|accelerate|datasets")
+    logging.basicConfig(format="%(levelname)s %(message)s")
+    logging.getLogger("llmkd").setLevel(logging.INFO)
+
+
+def main() -> None:
+    """Entry point: what the user can fix is one line on stderr and a non-zero exit."""
+    try:
+        app()
+    except LlmkdError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print(f"interrupted. Go on with: {_again()}", file=sys.stderr)
+        sys.exit(130)

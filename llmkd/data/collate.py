@@ -1,0 +1,80 @@
+"""Samples to one batch of tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from datasets import Dataset, concatenate_datasets
+from torch import Tensor
+
+from llmkd.errors import ConfigError
+
+IGNORE = -100
+
+
+@dataclass
+class Collator:
+    """Pads examples to one length: `input_ids`, `labels`, `position_ids`, `attention_mask`, all int64 [B, T].
+
+    Padding is told by length, never by id, so that a true EOS counts where pad = EOS. Position ids count a row's real
+    tokens from 0, whichever side is padded, and are 0 at padding.
+
+    Packed examples have `seq_lengths`. Their position ids restart at each document and there is no attention mask:
+    transformers then keeps documents apart for any batch size with sdpa and eager attention, if the model runs
+    without a cache (`use_cache=False`); flash attention does so for a batch of one row only.
+
+    Raises: ConfigError for an unknown padding side, or packed examples without `packing`.
+    """
+
+    pad_token_id: int
+    packing: bool = False
+    padding_side: Literal["right", "left"] = "right"
+    pad_to_multiple_of: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.padding_side not in ("right", "left"):
+            raise ConfigError(f"padding_side: got '{self.padding_side}'; expected 'right' or 'left'. Use one of these.")
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Return the batch; T is the longest example, rounded up to `pad_to_multiple_of`."""
+        if "seq_lengths" in examples[0] and not self.packing:
+            raise ConfigError("Collator: got packed examples; expected packing=True for these. Set packing=True.")
+        ids = [example["input_ids"] for example in examples]
+        batch = {
+            "input_ids": self._pad(ids, self.pad_token_id),
+            "labels": self._pad([example["labels"] for example in examples], IGNORE),
+        }
+        if self.packing:
+            lengths = [example.get("seq_lengths", [len(example["input_ids"])]) for example in examples]
+            positions = [[i for length in row for i in range(length)] for row in lengths]
+            return batch | {"position_ids": self._pad(positions, 0)}
+        mask = self._pad([[1] * len(row) for row in ids], 0)
+        return batch | {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1) * mask}
+
+    def _pad(self, rows: list[list[int]], value: int) -> Tensor:
+        width = max(len(row) for row in rows)
+        multiple = self.pad_to_multiple_of or 1
+        width = -(-width // multiple) * multiple
+        out = torch.full((len(rows), width), value, dtype=torch.int64)
+        for i, row in enumerate(rows):
+            place = slice(width - len(row), width) if self.padding_side == "left" else slice(0, len(row))
+            out[i, place] = torch.as_tensor(row, dtype=torch.int64)
+        return out
+
+
+def pad_with_unsupervised(dataset: Dataset, multiple: int) -> Dataset:
+    """Append copies of the first sample with all labels -100, until the length is a multiple of `multiple`.
+
+    Every rank then has equally many evaluation batches, and no supervised token counts twice.
+    """
+    missing = -len(dataset) % multiple
+    if missing == 0 or len(dataset) == 0:
+        return dataset
+    filler = dataset.select([0] * missing).map(_unsupervised, features=dataset.features)
+    return concatenate_datasets([dataset, filler])
+
+
+def _unsupervised(example: dict[str, Any]) -> dict[str, Any]:
+    return {"labels": [IGNORE] * len(example["labels"])}

@@ -1,0 +1,73 @@
+"""Student and objective as one module: what DDP, FSDP2 and DeepSpeed wrap. The teacher stays outside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmkd.adapters.causal_lm import read, unwrap
+from llmkd.agreement import measure
+from llmkd.objectives.base import Objective
+from llmkd.types import Loss, Outputs, row_labels
+from llmkd.zero3 import announce
+
+
+class Distiller(nn.Module):
+    """One forward: read the student, apply the objective. Only `.student` is exported.
+
+    Args:
+        student: a Hugging Face causal LM or its PEFT wrapper.
+        objective: any Objective; its parameters train and sync with the student's.
+        vocab_size: columns of the heads to compare (the tokenizer's), or None for all.
+    """
+
+    accepts_loss_kwargs = True  # the Trainer then counts the supervised items of the whole accumulation window
+
+    def __init__(self, student: nn.Module, objective: Objective, vocab_size: int | None = None) -> None:
+        super().__init__()
+        self.student = student
+        self.objective = objective
+        self.agreement = Agreement()
+        self.vocab_size = vocab_size
+
+    @property
+    def config(self) -> Any:
+        """The student's config: the Trainer and DeepSpeed read it."""
+        return unwrap(self.student).config
+
+    @property
+    def generation_config(self) -> Any:
+        """The student's generation config."""
+        return unwrap(self.student).generation_config
+
+    @property
+    def _no_split_modules(self) -> Any:
+        """The student's layer classes: FSDP2 shards each."""
+        return unwrap(self.student)._no_split_modules
+
+    def activation_checkpointing_enable(self, **kwargs: Any) -> None:
+        """Recompute the student's activations in backward."""
+        self.student.activation_checkpointing_enable(**kwargs)  # type: ignore[operator]
+
+    def forward(self, teacher: Outputs | None = None, **batch: Tensor) -> Loss:
+        """The objective's sums; in eval mode, `agreement.measure`'s sums as well."""
+        student = read(self.student, batch, self.objective.needs, self.vocab_size)
+        for user in (self.objective, self.agreement):
+            announce(user, student.rows.parameters())  # type: ignore[union-attr]
+        loss = dict(self.objective(student, teacher, batch))
+        if not self.training:
+            loss.update(self.agreement(student, teacher, batch))
+        return loss
+
+
+class Agreement(nn.Module):
+    """`agreement.measure` as a module, so that sharding frameworks gather the head for it."""
+
+    @torch.no_grad()
+    def forward(self, student: Outputs, teacher: Outputs | None, batch: dict[str, Tensor]) -> Loss:
+        """Sums of nll, and with a teacher of kl, top1_agreement and teacher_nll, named `agreement.*`."""
+        rows = teacher.rows if teacher is not None else None
+        sums = measure(student.rows, rows, row_labels(batch))  # type: ignore[arg-type]
+        return {f"agreement.{name}": value for name, value in sums.items()}

@@ -1,0 +1,56 @@
+"""Processes: set up gloo where there is no accelerator, and reduce sums over ranks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def start_processes(train: Mapping[str, Any]) -> dict[str, Any]:
+    """What TrainingArguments needs where there is no accelerator; joins a launcher's process group over gloo.
+
+    On a CPU, accelerate finds no backend by itself and would turn DeepSpeed off; with the state made first, and
+    `use_configured_state`, it uses gloo. Call it before TrainingArguments are made.
+
+    Args:
+        train: the TrainingArguments asked for.
+
+    Returns:
+        Arguments that win over them; {} where there is an accelerator.
+    """
+    if torch.accelerator.is_available():
+        return {}
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return {"use_cpu": True}
+    from accelerate import PartialState
+
+    PartialState(backend="gloo")
+    return {"use_cpu": True, "accelerator_config": {**(train.get("accelerator_config") or {}), "use_configured_state": True}}
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sum of a tensor over all ranks; itself in a lone process."""
+    return _reduced(values, dist.ReduceOp.SUM)
+
+
+def min_over_ranks(values: Tensor) -> Tensor:
+    """The smallest of a tensor over all ranks; itself in a lone process."""
+    return _reduced(values, dist.ReduceOp.MIN)
+
+
+def _reduced(values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        values = values.clone()
+        dist.all_reduce(values, operation)
+    return values
+
+
+def is_main() -> bool:
+    """Whether this is the process that prints and writes."""
+    return int(os.environ.get("RANK", "0")) == 0

@@ -1,0 +1,175 @@
+"""Where rows of logits come from: dense logits, a head on hidden states, or a teacher's top-k events."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmkd.support import coarsen, log_softmax, log_tail
+
+
+def full(weight: Tensor) -> Tensor:
+    """The whole tensor of a sharded parameter (FSDP2's DTensor), or the tensor itself."""
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight  # type: ignore[operator]
+
+
+class DenseRows:
+    """Logits that exist already: [n, V]."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.values = logits
+
+    def __len__(self) -> int:
+        return self.values.shape[0]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.values.shape[-1]
+
+    def tensors(self) -> list[Tensor]:
+        """What gradients flow to."""
+        return [self.values]
+
+    def using(self, tensors: Sequence[Tensor]) -> DenseRows:
+        """The same rows computed from other tensors (detached, cast or gathered ones)."""
+        return DenseRows(tensors[0])
+
+    def logits(self, rows: slice) -> Tensor:
+        """Logits of some rows, [m, V]."""
+        return self.values[rows]
+
+    def align(self, rows: slice, log_s: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Both models' log-probabilities on the same V events; see `support.pair`."""
+        return _dense_pair(self.logits(rows), log_s, temperature)
+
+    def pull_back(self, rows: slice, grad: Tensor, logits: Tensor, into: list[Tensor | None]) -> None:
+        """Add d/dlogits of some rows to the gradients of `tensors()`."""
+        if into[0] is not None:
+            into[0][rows] = grad.to(into[0].dtype)
+
+
+class HeadRows:
+    """Logits that a head makes of hidden states: z = cap * tanh(scale * head(h) / cap), cut to `vocab_size` columns.
+
+    Args:
+        hidden: [n, H], the final hidden states of the supervised rows.
+        head: anything with `.weight` [V, H] and `.bias` [V] or None, such as `nn.Linear`; read once a step, when the
+            loss runs, so that sharding frameworks have gathered it by then.
+        scale: the config's logit scale. softcap: the config's final soft-cap, or None.
+        vocab_size: keep these first columns only; what lies beyond is padding and gets exactly no gradient.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        head: Any,
+        *,
+        scale: float = 1.0,
+        softcap: float | None = None,
+        vocab_size: int | None = None,
+    ) -> None:
+        self.hidden, self.head = hidden, head
+        self.scale, self.softcap, self._columns = scale, softcap, vocab_size
+
+    def __len__(self) -> int:
+        return self.hidden.shape[0]
+
+    @property
+    def vocab_size(self) -> int:
+        return self._columns or self.head.weight.shape[0]
+
+    def tensors(self) -> list[Tensor]:
+        """What gradients flow to: hidden, weight and, if there is one, bias."""
+        return [self.hidden, *(full(parameter) for parameter in self.parameters())]
+
+    def parameters(self) -> list[Tensor]:
+        """The head's weight and bias as they lie, perhaps sharded."""
+        bias = getattr(self.head, "bias", None)
+        return [self.head.weight, *([] if bias is None else [bias])]
+
+    def using(self, tensors: Sequence[Tensor]) -> HeadRows:
+        """The same rows computed from other tensors (detached, cast or gathered ones)."""
+        head = _Head(tensors[1], tensors[2] if len(tensors) > 2 else None)
+        return HeadRows(tensors[0], head, scale=self.scale, softcap=self.softcap, vocab_size=self._columns)
+
+    def logits(self, rows: slice) -> Tensor:
+        """Logits of some rows, [m, V]."""
+        weight, bias = self.head.weight[: self._columns], self.head.bias
+        z = nn.functional.linear(self.hidden[rows], weight, None if bias is None else bias[: self._columns])
+        if self.scale != 1.0:
+            z = z * self.scale
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+    def align(self, rows: slice, log_s: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Both models' log-probabilities on the same V events; see `support.pair`."""
+        return _dense_pair(self.logits(rows), log_s, temperature)
+
+    def pull_back(self, rows: slice, grad: Tensor, logits: Tensor, into: list[Tensor | None]) -> None:
+        """Add d/dlogits of some rows to the gradients of `tensors()`: the GEMMs for dH and, if wanted, dW."""
+        if self.softcap is not None:
+            grad = grad * (1 - (logits / self.softcap) ** 2)
+        if self.scale != 1.0:
+            grad = grad * self.scale
+        hidden, weight = self.hidden[rows], self.head.weight[: self._columns]
+        grad = grad.to(weight.dtype)
+        if into[0] is not None:
+            into[0][rows] = (grad @ weight).to(into[0].dtype)
+        if into[1] is not None:
+            columns = into[1][: self._columns]
+            if columns.dtype == grad.dtype:
+                columns.addmm_(grad.t(), hidden)
+            else:
+                columns += grad.t() @ hidden
+        if len(into) > 2 and into[2] is not None:
+            into[2][: self._columns] += grad.sum(0, dtype=into[2].dtype)
+
+
+class TopKRows:
+    """A teacher's K best events a row; whatever mass they leave is one tail event (none when K = V).
+
+    Args:
+        ids: [n, K] token ids, distinct in a row. log_probs: [n, K] nats, over the whole vocabulary.
+        vocab_size: V. temperature: at which the log-probabilities were recorded.
+    """
+
+    def __init__(self, ids: Tensor, log_probs: Tensor, vocab_size: int, temperature: float = 1.0) -> None:
+        self.ids, self.log_probs, self.vocab_size, self.temperature = ids, log_probs, vocab_size, temperature
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    def tensors(self) -> list[Tensor]:
+        """Nothing that could have a gradient."""
+        return []
+
+    def using(self, tensors: Sequence[Tensor]) -> TopKRows:
+        """Itself: there is nothing to gather."""
+        return self
+
+    def align(self, rows: slice, log_s: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Both models' log-probabilities on the same K events and the tail; see `support.pair`."""
+        if log_s.shape[-1] != self.vocab_size:
+            raise ValueError(f"student vocabulary is {log_s.shape[-1]}, the teacher's rows were made with {self.vocab_size}")
+        if temperature != self.temperature:
+            raise ValueError(f"temperature is {temperature}, the teacher's rows were recorded at {self.temperature}")
+        ids, log_t = self.ids[rows], self.log_probs[rows].to(log_s.dtype)
+        if ids.shape[-1] < self.vocab_size:
+            log_t = torch.cat([log_t, log_tail(log_t)], dim=-1)
+        return log_t, coarsen(log_s, ids)
+
+
+@dataclass(frozen=True)
+class _Head:
+    weight: Tensor
+    bias: Tensor | None
+
+
+def _dense_pair(teacher_logits: Tensor, log_s: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    log_t = log_softmax(teacher_logits, temperature)
+    if log_t.shape[-1] != log_s.shape[-1]:
+        raise ValueError(f"teacher vocabulary is {log_t.shape[-1]}, the student's {log_s.shape[-1]}; cut both to the tokenizer")
+    return log_t.to(log_s.dtype), log_s

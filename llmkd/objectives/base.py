@@ -1,0 +1,121 @@
+"""What an objective is, and how several are summed."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from llmkd.errors import ConfigError
+from llmkd.rows import Term, reduce
+from llmkd.types import Batch, Loss, Outputs, Signal
+
+
+class Objective(nn.Module, ABC):
+    """(student, teacher, batch) -> Loss: a differentiable sum over supervised items, and detached metric sums.
+
+    An objective never divides by a count and never holds a model, tokenizer or trainer. Parameters and buffers of its
+    own train, sync and resume with the student.
+
+    Attributes:
+        needs: the teacher's signals that it reads; empty if it can do without a teacher.
+        watches_steps: whether `after_step` wants the means of each optimizer step (which costs a host sync a step).
+    """
+
+    needs: frozenset[Signal] = frozenset()
+    watches_steps: bool = False
+
+    @abstractmethod
+    def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Loss:
+        """Return `{"total": scalar, "<metric>": scalar, ...}`, all sums over the batch's supervised items."""
+
+    def after_step(self, progress: float, means: dict[str, float]) -> None:  # noqa: B027
+        """Called once an optimizer step, in training only, with progress in [0, 1] and globally reduced means."""
+
+
+class RowObjective(Objective, ABC):
+    """An objective that sums a function of each supervised row: it shares one projection with its like in a `Mix`."""
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """What the metric is called."""
+
+    @abstractmethod
+    def term(self, student: Outputs, batch: Batch) -> Term:
+        """The row-wise loss, for `rows.reduce`."""
+
+    def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Loss:
+        """The sum of the term over the rows."""
+        return _reduced([self], [1.0], student, teacher, batch)
+
+
+class Mix(Objective):
+    """sum_j weights[j] * objective_j, over the union of what they need. Row-wise terms share one pass over the head.
+
+    Args:
+        objectives: at least one. weights: one each (default: all 1).
+
+    Raises:
+        ConfigError: no objective, or another number of weights.
+    """
+
+    def __init__(self, objectives: Sequence[Objective], weights: Sequence[float] | None = None) -> None:
+        super().__init__()
+        weights = [1.0] * len(objectives) if weights is None else list(weights)
+        if not objectives or len(weights) != len(objectives):
+            raise ConfigError(
+                f"objective: got {len(objectives)} parts and {len(weights)} weights; expected one weight for each of "
+                "at least one part."
+            )
+        self.parts = nn.ModuleList(objectives)
+        self.weights = weights
+        self.needs = frozenset().union(*(part.needs for part in objectives))
+        self.watches_steps = any(part.watches_steps for part in objectives)
+
+    def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Loss:
+        """The weighted total and every part's own, unweighted metrics."""
+        pairs = list(zip(self.parts, self.weights, strict=True))
+        rowwise = [(part, weight) for part, weight in pairs if isinstance(part, RowObjective)]
+        losses: list[tuple[Loss, float]] = []
+        if rowwise:
+            parts, weights = zip(*rowwise, strict=True)
+            losses.append((_reduced(parts, weights, student, teacher, batch), 1.0))
+        losses += [(part(student, teacher, batch), w) for part, w in pairs if not isinstance(part, RowObjective)]
+        out: Loss = {"total": torch.stack([loss["total"] * weight for loss, weight in losses]).sum()}
+        for loss, _ in losses:
+            for name, value in loss.items():
+                if name != "total":
+                    out[_unique(name, out)] = value
+        return out
+
+    def after_step(self, progress: float, means: dict[str, float]) -> None:
+        """Hand the step on to every part."""
+        for part in self.parts:
+            part.after_step(progress, means)  # type: ignore[operator]
+
+
+def _reduced(
+    parts: Sequence[RowObjective], weights: Sequence[float], student: Outputs, teacher: Outputs | None, batch: Batch
+) -> Loss:
+    terms = [part.term(student, batch) for part in parts]
+    if any(term.needs_teacher for term in terms) and (teacher is None or teacher.rows is None):
+        raise ConfigError("objective: it needs a teacher's logits, got none; give a teacher or use cross_entropy alone.")
+    terms = [replace(term, weights=term.weights * w) for term, w in zip(terms, weights, strict=True)]
+    rows = teacher.rows if teacher is not None and any(term.needs_teacher for term in terms) else None
+    total, sums = reduce(terms, student.rows, rows)  # type: ignore[arg-type]
+    out: Loss = {"total": total}
+    for part, value in zip(parts, sums, strict=True):
+        out[_unique(part.label, out)] = value
+    return out
+
+
+def _unique(name: str, taken: dict[str, Tensor]) -> str:
+    number = 2
+    unique = name
+    while unique in taken:
+        unique, number = f"{name}_{number}", number + 1
+    return unique

@@ -1,0 +1,48 @@
+"""Supervised cross-entropy on the labels, through the same driver as the divergences."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from llmkd.divergences.closed_form import with_grad
+from llmkd.objectives.base import RowObjective
+from llmkd.rows import Term
+from llmkd.types import Batch, Outputs, row_labels
+
+
+def _nll_grad(log_t: Tensor | None, log_s: Tensor, label: Tensor) -> Tensor:
+    slope = log_s.exp()
+    slope[range_of(label), label] -= 1.0
+    return slope
+
+
+@with_grad(_nll_grad)
+def nll(log_t: Tensor | None, log_s: Tensor, label: Tensor) -> Tensor:
+    """-log q(y), [n] nats; the teacher's rows are not read."""
+    return -log_s.gather(-1, label.unsqueeze(-1)).squeeze(-1)
+
+
+def range_of(label: Tensor) -> Tensor:
+    """0 .. n-1 on the label's device."""
+    return label.new_ones(label.shape).cumsum(0) - 1
+
+
+class CrossEntropy(RowObjective):
+    """-sum_i log q_i(y_i): the language-modelling loss on the supervised tokens. It needs no teacher.
+
+    Returns:
+        `total` and `cross_entropy`: nats, summed over the supervised tokens.
+
+    Reference: the maximum-likelihood baseline of every distillation paper.
+    Fidelity: checked against torch's cross_entropy.
+    """
+
+    @property
+    def label(self) -> str:
+        """`cross_entropy`."""
+        return "cross_entropy"
+
+    def term(self, student: Outputs, batch: Batch) -> Term:
+        """The negative log-likelihood of every supervised row's label."""
+        hidden = student.rows.tensors()[0]  # type: ignore[union-attr]
+        return Term(nll, hidden.new_ones(len(hidden)), per_row=(row_labels(batch),), needs_teacher=False)

@@ -1,0 +1,206 @@
+"""One run: a recipe to a run folder with student, checkpoints, resolved config and metrics."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmkd import build, zero3
+from llmkd import config as recipes
+from llmkd.checkpoints import complete_checkpoints
+from llmkd.data import prepare
+from llmkd.data.collate import Collator
+from llmkd.distributed import is_main, start_processes
+from llmkd.errors import ConfigError
+from llmkd.trainer import DistillTrainer
+from llmkd.versions import commit, device, peak_memory_mb, versions
+
+MEASURED = ("kl", "top1_agreement", "perplexity", "bits_per_byte", "peak_memory_mb")
+MAY_CHANGE = {"save_steps", "save_total_limit", "logging_steps", "report_to", "disable_tqdm", "run_name", "output_dir"}
+
+
+class Stopped(Exception):
+    """The run was interrupted after a checkpoint."""
+
+
+def folder_of(config: Mapping[str, Any], name: str) -> Path:
+    """The run folder: `train.output_dir`, or runs/<recipe>."""
+    return Path(config["train"].get("output_dir") or Path("runs") / name)
+
+
+def claim(folder: Path, config: Mapping[str, Any], resume: bool) -> None:
+    """Create the run folder, or accept the one of the same recipe; never touch another's silently.
+
+    Raises:
+        ConfigError: it exists and `resume` was not asked for, or it belongs to another config (the key is named).
+    """
+    file = folder / "config.yaml"
+    if not file.exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise ConfigError(f"train.output_dir: '{folder}' is not empty and no run of llmkd; expected a new folder. Set another.")
+        if is_main():
+            folder.mkdir(parents=True, exist_ok=True)
+            _write(file, recipes.dump(config))
+        return
+    if not resume:
+        raise ConfigError(
+            f"train.output_dir: '{folder}' has a run already; expected a new folder. "
+            "Add --resume to go on with it, or train.output_dir=OTHER for a new one."
+        )
+    difference = first_difference(recipes.load(file), config)
+    if difference:
+        raise ConfigError(f"--resume: {difference} in '{folder}'; expected the recipe that the run began with. Use another train.output_dir.")
+
+
+def first_difference(old: Any, new: Any, path: str = "") -> str | None:
+    """The first key in which two configs differ, with both values; keys that do not change the result may differ."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in [*old, *(key for key in new if key not in old)]:
+            if path == "train" and key in MAY_CHANGE:
+                continue
+            found = first_difference(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
+            if found:
+                return found
+        return None
+    return None if old == new else f"{path} was {old!r}, is {new!r}"
+
+
+def train(config: Mapping[str, Any], folder: Path, resume: bool = False, announce: Any = print) -> dict[str, Any]:
+    """Run a checked recipe to the end and write its folder.
+
+    Returns:
+        What metrics.json holds: `before`, `after`, `teacher`, `train`, versions and seed.
+
+    Raises:
+        Stopped: Ctrl-C or SIGTERM, after a checkpoint. LlmkdError: what the user has to fix.
+    """
+    forced = {**start_processes(config["train"]), "output_dir": str(folder / "checkpoints")}
+    claim(folder, config, resume)
+    done = read_metrics(folder)
+    if done.get("after") is not None:
+        announce(f"{folder} is finished already; nothing to do.")
+        return done
+    checkpoints = complete_checkpoints(folder / "checkpoints")
+    args = recipes.training_arguments(config["train"], str(folder), **forced)
+    spec = build.data_spec(config)
+    built = build.parts(config)
+    data = prepare(spec, built.tokenizer)
+    announce(f"data: {_counts(data.report)}")
+    args.eval_on_start = data.eval is not None and not checkpoints
+    trainer = DistillTrainer(
+        model=built.model,
+        teacher=built.teacher,
+        objective=built.objective,
+        args=args,
+        train_dataset=data.train,
+        eval_dataset=data.eval,
+        processing_class=built.tokenizer,
+        peft_config=built.peft_config,
+        data_collator=Collator(built.tokenizer.pad_token_id, packing=spec.packing),
+    )
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+    if trainer.interrupt.stopped:
+        raise Stopped(str(trainer.last_checkpoint()))
+    seconds = time.perf_counter() - started
+    metrics = _finish(trainer, config, folder, seconds, data.report)
+    return metrics
+
+
+def _finish(trainer: DistillTrainer, config: Mapping[str, Any], folder: Path, seconds: float, report: dict[str, int]) -> dict[str, Any]:
+    """Final evaluation, export and metrics; metrics.json comes last, so that its `after` means all is there."""
+    final = trainer.evaluate() if trainer.eval_dataset is not None else {}
+    start = next((entry for entry in trainer.state.log_history if entry.get("step") == 0 and "eval_loss" in entry), {})
+    merge = bool((config.get("peft") or {}).get("merge", False))
+    trainer.save_student(str(folder / "student"), merge=merge)
+    speed = _speed(trainer)
+    student = trainer.distiller.student
+    metrics = {
+        "before": _measured(start, "eval_", speed["student"]),
+        "after": _measured(final, "eval_", speed["student"]),
+        "teacher": _teacher_column(trainer, final, speed["teacher"]),
+        "train": _train_column(trainer, seconds, report),
+        "parameters": sum(zero3.size(p) for p in student.parameters()),
+        "seed": trainer.args.seed,
+        "versions": versions(),
+        "device": device(),
+        "commit": commit(),
+    }
+    if trainer.args.should_save:
+        _write(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    return metrics
+
+
+def _measured(logs: Mapping[str, float], prefix: str, speed: float | None) -> dict[str, float | None]:
+    values = {name: logs.get(f"{prefix}{name}") for name in MEASURED}
+    return {**values, "tokens_per_second": speed}
+
+
+def _teacher_column(trainer: DistillTrainer, final: Mapping[str, float], speed: float | None) -> dict[str, Any]:
+    model = getattr(trainer.teacher, "model", None)
+    if model is None:
+        return {}
+    values = {name: final.get(f"eval_teacher_{name}") for name in ("perplexity", "bits_per_byte")}
+    size = sum(zero3.size(p) for p in model.parameters())
+    return {"kl": 0.0, "top1_agreement": 1.0, **values, "tokens_per_second": speed, "parameters": size}
+
+
+def _train_column(trainer: DistillTrainer, seconds: float, report: dict[str, int]) -> dict[str, Any]:
+    logs = [entry for entry in trainer.state.log_history if "tokens_per_second" in entry]
+    speeds = [entry["tokens_per_second"] for entry in logs]
+    return {
+        "loss": logs[-1]["loss"] if logs else None,
+        "steps": trainer.state.global_step,
+        "seconds": round(seconds, 1),
+        "tokens_per_second": round(sum(speeds) / len(speeds), 1) if speeds else None,
+        "peak_memory_mb": peak_memory_mb(),
+        "data": report,
+    }
+
+
+def _speed(trainer: DistillTrainer) -> dict[str, float | None]:
+    """Forward tokens/s of student and teacher on the same held-out batch; None where models are sharded."""
+    none: dict[str, float | None] = {"student": None, "teacher": None}
+    if trainer.eval_dataset is None or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        return none
+    batch = trainer._prepare_inputs(next(iter(trainer.get_eval_dataloader())))
+    models = {"student": trainer.distiller.student, "teacher": getattr(trainer.teacher, "model", None)}
+    return {name: forward_speed(model, batch) if model is not None else None for name, model in models.items()}
+
+
+@torch.no_grad()
+def forward_speed(model: Any, batch: Mapping[str, torch.Tensor], repeats: int = 3) -> float:
+    """Tokens a second of the model's own forward pass with all logits, on up to 4 rows; the best of `repeats`."""
+    inputs = {name: batch[name][:4] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    tokens = int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else inputs["input_ids"].numel()
+    model.eval()
+    best = float("inf")
+    for _ in range(repeats + 1):  # the first is a warm-up that the best of the rest never loses to
+        started = time.perf_counter()
+        out = model(**inputs, use_cache=False).logits
+        out[0, 0, 0].item()  # wait for the device
+        best = min(best, time.perf_counter() - started)
+    return round(tokens / best, 1)
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """metrics.json of a run, or {}."""
+    file = folder / "metrics.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _counts(report: Mapping[str, int]) -> str:
+    return ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in report.items() if value)
+
+
+def _write(file: Path, text: str) -> None:
+    """Write a whole file or none."""
+    partial = file.with_suffix(file.suffix + f".{os.getpid()}")
+    partial.write_text(text)
+    partial.replace(file)

@@ -1,0 +1,54 @@
+"""What a finished run prints: student before and after against the teacher, the folder, the next command."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+ROWS = (
+    ("KL to teacher (nats/token)", "kl", "{:.3f}"),
+    ("top-1 agreement", "top1_agreement", "{:.1%}"),
+    ("perplexity", "perplexity", "{:,.1f}"),
+    ("bits per byte", "bits_per_byte", "{:.3f}"),
+    ("parameters", "parameters", "{:,.0f}"),
+    ("forward tokens/s", "tokens_per_second", "{:,.0f}"),
+    ("peak memory (MB)", "peak_memory_mb", "{:,.0f}"),
+)
+
+
+def show(metrics: Mapping[str, Any], folder: Path, console: Console | None = None) -> None:
+    """Print the table of one run."""
+    console = console or Console()
+    table = Table(title=f"{folder.name}: held-out text")
+    for name in ("", "student before", "student after", "teacher"):
+        table.add_column(name, justify="right" if name else "left")
+    sizes = {"parameters": metrics["parameters"]}
+    columns = [{**sizes, **metrics["before"]}, {**sizes, **metrics["after"]}, metrics["teacher"]]
+    for label, key, form in ROWS:
+        table.add_row(label, *(_cell(column.get(key), form) for column in columns))
+    console.print(table)
+    train = metrics["train"]
+    console.print(
+        f"{train['steps']} steps in {train['seconds']:.0f} s ({train['tokens_per_second'] or 0:,.0f} tokens/s), "
+        f"peak memory {train['peak_memory_mb']:,.0f} MB",
+        highlight=False,
+    )
+    console.print(f"run folder: {folder}", highlight=False, soft_wrap=True)
+    console.print(f"next:\n  {next_command(folder)}", highlight=False, soft_wrap=True)
+
+
+def next_command(folder: Path) -> str:
+    """Let the student speak, with transformers alone."""
+    student = folder / "student"
+    return (
+        "python -c \"from transformers import pipeline; print(pipeline('text-generation', "
+        f"'{student}')('The for statement', max_new_tokens=30)[0]['generated_text'])\""
+    )
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)

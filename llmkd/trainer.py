@@ -1,0 +1,276 @@
+"""DistillTrainer: transformers' Trainer with a teacher and an objective. It knows no particular loss."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from peft import PeftConfig, get_peft_model
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
+from transformers import ProgressCallback, Trainer, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+from llmkd.adapters.causal_lm import check_head, vocabulary
+from llmkd.agreement import summary
+from llmkd.callbacks import AfterStep, Interrupt, Progress
+from llmkd.checkpoints import Checkpoints
+from llmkd.data.collate import Collator, pad_with_unsupervised
+from llmkd.data.sampler import EpochSampler
+from llmkd.distiller import Distiller
+from llmkd.distributed import min_over_ranks
+from llmkd.errors import ConfigError, TrainingError
+from llmkd.meters import Meter
+from llmkd.objectives.base import Objective
+from llmkd.teachers.base import Teacher
+from llmkd.types import Outputs, Signal
+from llmkd.versions import peak_memory_mb
+from llmkd.vocabulary import common_columns
+
+
+class DistillTrainer(Checkpoints, Trainer):
+    """Distil `teacher` into `model` with any objective.
+
+    loss = sum over supervised items of the accumulation window and of all ranks / their number: the same for any split
+    into devices, accumulation steps and micro-batches, and any padding.
+
+    Args:
+        model: the student: a Hub name, a local path, or a causal LM (its PEFT wrapper, too).
+        teacher: a Hub name, a local path, a causal LM, or any `Teacher`; None for objectives that need none.
+        objective: what to minimise, such as `Mix([TokenDistill("forward_kl"), CrossEntropy()], weights=[1.0, 0.1])`.
+        args: transformers.TrainingArguments, as they are.
+        train_dataset, eval_dataset: tokenised rows with `input_ids` and `labels` (see `llmkd.data.prepare`).
+        processing_class: the tokenizer; it decides which columns of the heads are tokens.
+        peft_config: train a LoRA (or other PEFT) adapter of the student instead of all weights.
+        data_collator: default `Collator`. callbacks, optimizers: as in Trainer.
+
+    Raises:
+        ConfigError: the objective needs what the teacher does not provide, or the tokenizers differ.
+    """
+
+    loss_is_scaled_for_ga = True  # read by Trainer: compute_loss divides by the count of the whole window
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        teacher: str | nn.Module | Teacher | None = None,
+        objective: Objective | None = None,
+        args: TrainingArguments | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        peft_config: PeftConfig | None = None,
+        data_collator: Any = None,
+        callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        if objective is None:
+            raise ConfigError("objective: got None; expected an Objective, such as TokenDistill('forward_kl').")
+        args = _checked(args or TrainingArguments(output_dir="distilled"))
+        student, processing_class = _student(model, processing_class)
+        self.teacher = _teacher(teacher)
+        check_needs(objective, self.teacher)
+        teacher_size, teacher_tokenizer = (self.teacher.vocab_size, self.teacher.tokenizer) if self.teacher else (None, None)
+        columns = common_columns(vocabulary(student), teacher_size, processing_class, teacher_tokenizer)
+        check_head(student)
+        if peft_config is not None:
+            student = get_peft_model(student, peft_config)  # type: ignore[arg-type]
+        self.distiller = Distiller(student, objective, columns)
+        pad_id = getattr(processing_class, "pad_token_id", None)
+        super().__init__(
+            model=self.distiller,
+            args=args,
+            data_collator=data_collator or Collator(0 if pad_id is None else pad_id),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if hasattr(self.teacher, "prepare"):
+            self.teacher.prepare(self.accelerator)  # type: ignore[union-attr]
+        self._train_meter, self._step_meter = Meter(), Meter()
+        self._bad_step = torch.tensor(torch.inf)
+        self._last_log = time.perf_counter()
+        self.interrupt = Interrupt()
+        self.add_callback(self.interrupt)
+        if objective.watches_steps:
+            self.add_callback(AfterStep(self))
+        if self.pop_callback(ProgressCallback):
+            self.add_callback(Progress)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The objective's sum over the window's global item count: the only division by a count there is."""
+        needs = self.distiller.objective.needs
+        loss = model(teacher=self._signals(inputs, needs) if needs else None, **inputs)
+        items = torch.as_tensor(num_items_in_batch, device=loss["total"].device)
+        counts = {"items": (inputs["labels"] != -100).sum(), "tokens": _tokens(inputs)}
+        sums = {name: value for name, value in loss.items() if name != "total"}
+        self._train_meter.add({**sums, **counts})
+        step = torch.where(loss["total"].detach().isfinite(), torch.inf, self.state.global_step + 1.0)
+        self._bad_step = torch.minimum(self._bad_step.to(step.device), step)
+        if self.distiller.objective.watches_steps:
+            self._step_meter.add({**sums, "items": counts["items"]})
+        mean = loss["total"] * (self.accelerator.num_processes / items.clamp(min=1))
+        return (mean, loss) if return_outputs else mean
+
+    def step_means(self) -> dict[str, float]:
+        """Means of the optimizer step that just ended, over all ranks."""
+        return _means(self._step_meter.totals())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add every term's own mean and tokens/s to the Trainer's logs; stop if the loss is not finite."""
+        if "loss" in logs:
+            self.stop_unless_finite()
+            totals = self._train_meter.totals()
+            tokens, now = totals.pop("tokens", 0.0), time.perf_counter()
+            logs.update(_means(totals), tokens_per_second=round(tokens / max(now - self._last_log, 1e-9), 1))
+        self._last_log = time.perf_counter()
+        super().log(logs, start_time)
+
+    def stop_unless_finite(self) -> None:
+        """Raise a TrainingError, on every rank, if the loss of any was NaN or infinite since the start."""
+        step = min_over_ranks(self._bad_step).item()
+        if step < float("inf"):
+            kept = self.last_checkpoint() or "none yet"
+            raise TrainingError(
+                f"loss: not finite at step {int(step)}; expected a finite number. Lower train.learning_rate, or use "
+                f"train.bf16 instead of fp16. Last good checkpoint: {kept}."
+            )
+
+    def _signals(self, inputs: dict[str, Tensor], needs: frozenset[Signal]) -> Outputs:
+        return self.teacher(inputs, needs, self.distiller.vocab_size)  # type: ignore[misc]
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Evaluation in order; ranks get equally many batches by rows without a supervised token, never by repeats."""
+        dataset = self.eval_dataset[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset or self.eval_dataset
+        if dataset is None:
+            raise ConfigError("eval_dataset: got None; expected held-out data, such as data.held_out_every: 8.")
+        return super().get_eval_dataloader(pad_with_unsupervised(dataset, self.args.eval_batch_size * self.args.world_size))
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """The objective and `agreement.measure` on fixed data: token-weighted over all ranks, deterministic."""
+        model = self._eval_model(dataloader)
+        model.eval()
+        meter, samples = Meter(), 0
+        for batch in dataloader:
+            batch = self._prepare_inputs(batch)
+            with torch.no_grad():
+                signals = self._signals(batch, self.distiller.objective.needs | {Signal.LOGITS}) if self.teacher else None
+                loss = model(teacher=signals, **batch)
+            meter.add({**loss, **self._counts(batch)})
+            samples += len(batch["labels"])
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        totals = meter.totals()
+        if not totals.get("items"):
+            raise ConfigError("eval_dataset: it has no supervised token; expected at least one label that is not -100.")
+        report = {**_report(totals), "peak_memory_mb": peak_memory_mb()}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in report.items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=samples)  # type: ignore[arg-type]
+
+    def _counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        counts = {"items": (batch["labels"] != -100).sum()}
+        if self.processing_class is not None:
+            texts = self.processing_class.batch_decode([row[row != -100] for row in batch["labels"].cpu()])
+            size = sum(len(text.encode()) for text in texts)
+            counts["bytes"] = torch.tensor(size, device=counts["items"].device)
+        return counts
+
+    def _eval_model(self, dataloader: DataLoader) -> nn.Module:
+        """The wrapped model; wrapped for inference now if no training has done it."""
+        if self.is_deepspeed_enabled and self.deepspeed is None:
+            from transformers.integrations.deepspeed import deepspeed_init
+
+            deepspeed_init(self, num_training_steps=0, inference=True)
+        if self.model_wrapped is self.model and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            prepared = self.accelerator.prepare(self.model)
+            self.model_wrapped = prepared
+            self.deepspeed = prepared if self.is_deepspeed_enabled else None
+        elif self.model_wrapped is self.model:
+            self.model_wrapped = self.accelerator.prepare_model(self.model, evaluation_mode=True)
+        return self.model_wrapped
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        """Shuffled, or length-grouped, from the seed and the epoch alone, so that a resumed run sees the same order."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        strategy = self.args.train_sampling_strategy
+        if strategy not in ("random", "group_by_length") or not hasattr(dataset, "__len__"):
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        group = self.args.train_batch_size * self.args.gradient_accumulation_steps if strategy == "group_by_length" else 0
+        return EpochSampler(dataset, seed, group * self.args.world_size)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler:
+        return SequentialSampler(eval_dataset)
+
+
+def check_needs(objective: Objective, teacher: Teacher | None) -> None:
+    """Raise a ConfigError if the objective reads a signal that the teacher does not show."""
+    provides = teacher.provides if teacher is not None else frozenset()
+    missing = sorted(objective.needs - provides)
+    if missing:
+        raise ConfigError(
+            f"objective: it needs {', '.join(missing)} from the teacher, which provides "
+            f"{', '.join(sorted(provides)) or 'nothing (there is none)'}. Use another teacher or objective."
+        )
+
+
+def _checked(args: TrainingArguments) -> TrainingArguments:
+    if not args.average_tokens_across_devices:
+        raise ConfigError("train.average_tokens_across_devices: got false; expected true: the loss is a mean over all tokens.")
+    if args.label_smoothing_factor:
+        raise ConfigError("train.label_smoothing_factor has no effect on an objective. Remove it.")
+    args.remove_unused_columns = False
+    if args.ddp_find_unused_parameters is None:
+        args.ddp_find_unused_parameters = False
+    return args
+
+
+def _student(model: str | nn.Module, tokenizer: Any) -> tuple[nn.Module, Any]:
+    if not isinstance(model, str):
+        return model, tokenizer
+    from llmkd.students.pretrained import pretrained
+    from llmkd.weights import load_tokenizer, locate
+
+    return pretrained(path=model), tokenizer or load_tokenizer(locate(model))
+
+
+def _teacher(teacher: Any) -> Teacher | None:
+    from llmkd.teachers.local import LocalTeacher, local
+
+    if isinstance(teacher, str):
+        return local(path=teacher)
+    return LocalTeacher(teacher) if isinstance(teacher, nn.Module) else teacher
+
+
+def _tokens(inputs: dict[str, Tensor]) -> Tensor:
+    return inputs["attention_mask"].sum() if "attention_mask" in inputs else torch.tensor(inputs["input_ids"].numel())
+
+
+def _means(totals: dict[str, float]) -> dict[str, float]:
+    items = max(totals.pop("items", 0.0), 1.0)
+    return {name: value / items for name, value in totals.items()}
+
+
+def _report(totals: dict[str, float]) -> dict[str, float]:
+    """Evaluation sums -> loss, every term's mean, and agreement's summary."""
+    size = totals.pop("bytes", 0.0)
+    nll = {name: totals.get(f"agreement.{name}") for name in ("nll", "teacher_nll")}
+    per_byte = {name: value / size for name, value in nll.items() if value is not None and size}
+    means = _means(totals)
+    close = {name.removeprefix("agreement."): means.pop(name) for name in list(means) if name.startswith("agreement.")}
+    return {"loss": means.pop("total"), **means, **summary(close, per_byte)}

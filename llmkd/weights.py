@@ -1,0 +1,152 @@
+"""Where weights lie: a Hub name, a local folder, a GGUF file, or `pkg://package/file.gguf` inside an installed package."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from llmkd.errors import ConfigError
+
+PACKAGE = "pkg://"
+_STAND_IN: ContextVar[Literal["", "plan", "smoke"]] = ContextVar("stand_in", default="")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What `from_pretrained` takes: a folder or Hub name, a GGUF file inside it or None, a Hub revision or None."""
+
+    path: str
+    gguf_file: str | None = None
+    revision: str | None = None
+
+    def kwargs(self) -> dict[str, Any]:
+        """Keyword arguments for any `from_pretrained`."""
+        given = {"gguf_file": self.gguf_file, "revision": self.revision}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+def locate(path: str, gguf_file: str | None = None, revision: str | None = None) -> Source:
+    """Resolve a path of a recipe; nothing is read or downloaded.
+
+    Raises:
+        ConfigError: a package that is not installed, a file that is not there, or a path that leaves its package.
+    """
+    if path.startswith(PACKAGE):
+        path = str(_in_package(path))
+    if path.endswith(".gguf"):
+        folder, gguf_file = os.path.split(path)
+        path = folder or "."
+    local = Path(path)
+    if local.is_dir():
+        if gguf_file is not None and not (local / gguf_file).is_file():
+            raise ConfigError(f"gguf_file: got '{gguf_file}', which is not in {path}; found: {_names(local, '*.gguf')}.")
+        if gguf_file is None and not (local / "config.json").is_file() and not (local / "adapter_config.json").is_file():
+            raise ConfigError(f"path: the folder '{path}' has no config.json; name its GGUF file with gguf_file, or another folder.")
+    elif gguf_file is None and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise ConfigError(f"path: got '{path}', which is no folder; give an existing folder or a Hub name such as org/name.")
+    return Source(str(path), gguf_file, revision)
+
+
+def _in_package(url: str) -> Path:
+    package, _, inner = url.removeprefix(PACKAGE).partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError(
+            f"path: '{url}' needs the package '{package}', which is not installed. "
+            f"Run: pip install --no-deps {package.replace('_', '-')}"
+        )
+    root = Path(spec.submodule_search_locations[0]).resolve()
+    file = (root / inner).resolve()
+    if not file.is_relative_to(root):
+        raise ConfigError(f"path: '{url}' leaves its package; name a file inside it.")
+    if not file.exists():
+        raise ConfigError(f"path: '{url}' is not in the package; found: {_names(root, '*.gguf')}.")
+    return file
+
+
+def _names(folder: Path, pattern: str) -> str:
+    return ", ".join(sorted(file.name for file in folder.glob(pattern))) or "none"
+
+
+@contextmanager
+def stand_in(kind: Literal["plan", "smoke"]) -> Iterator[None]:
+    """Within this block models cost nothing: `plan` builds them without weights, `smoke` tiny, random, of their family."""
+    import torch
+
+    token = _STAND_IN.set(kind)
+    try:
+        with torch.device("meta" if kind == "plan" else "cpu"):
+            yield
+    finally:
+        _STAND_IN.reset(token)
+
+
+def load_config(source: Source, trust_remote_code: bool = False) -> Any:
+    """The model's config, without its weights."""
+    from transformers import AutoConfig
+
+    return _loading(source, AutoConfig.from_pretrained, trust_remote_code=trust_remote_code)
+
+
+def load_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
+    """The tokenizer, with a pad token (eos where it has none)."""
+    from transformers import AutoTokenizer
+
+    if _STAND_IN.get() == "smoke":
+        from llmkd.students.tiny import byte_tokenizer
+
+        return byte_tokenizer()
+    tokenizer = _loading(source, AutoTokenizer.from_pretrained, trust_remote_code=trust_remote_code)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(source: Source, dtype: str = "auto", trust_remote_code: bool = False, **kwargs: Any) -> Any:
+    """A causal LM in `dtype`; `auto` is the checkpoint's own, and bfloat16 for a GGUF file, which has none."""
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    if source.gguf_file is not None:
+        kwargs["quantization_config"] = GgufConfig(dequantize=True)
+        dtype = "bfloat16" if dtype == "auto" else dtype
+    if _STAND_IN.get() == "smoke":
+        return _tiny_like(source, trust_remote_code)
+    if _STAND_IN.get() == "plan":
+        return _planned(load_config(source, trust_remote_code), dtype, trust_remote_code)
+    load = AutoModelForCausalLM.from_pretrained
+    return _loading(source, load, dtype=dtype, trust_remote_code=trust_remote_code, **kwargs)
+
+
+def _planned(config: Any, dtype: str, trust_remote_code: bool) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    wanted = (config.dtype or "float32") if dtype == "auto" else dtype
+    return AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
+
+
+def _tiny_like(source: Source, trust_remote_code: bool) -> Any:
+    """A tiny random model of the family and depth of `source`; of the family its name tells where it cannot be read."""
+    from llmkd.students.tiny import family_of, tiny_config, tiny_model
+
+    try:
+        text = load_config(source, trust_remote_code).get_text_config()
+        return tiny_model(tiny_config(text.model_type, num_hidden_layers=text.num_hidden_layers))
+    except ConfigError:
+        return tiny_model(tiny_config(family_of(source.path), num_hidden_layers=48))
+
+
+def _loading(source: Source, load: Any, **kwargs: Any) -> Any:
+    """Call a `from_pretrained`; what the Hub or the disk refuses becomes one line."""
+    try:
+        return load(source.path, **source.kwargs(), **kwargs)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"path: could not load '{source.path}': {first} Check the name, the network or HF_TOKEN, or give a local folder."
+        ) from error

@@ -1,0 +1,29 @@
+"""Tiny models and a byte-level tokenizer, made on the spot: no test needs a network or a download."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llmkd.students.tiny import byte_tokenizer, tiny_config, tiny_model
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tokenizer():
+    return byte_tokenizer()
+
+
+@pytest.fixture
+def make_model():
+    """Factory: `make_model("llama", num_hidden_layers=2, **config)` gives a tiny random causal LM in fp32."""
+
+    def make(family: str = "llama", seed: int = 0, **changes):
+        torch.manual_seed(seed)
+        return tiny_model(tiny_config(family, **changes))
+
+    return make

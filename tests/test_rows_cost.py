@@ -1,0 +1,138 @@
+"""What the chunk drivers cost: no tensor of all rows times the vocabulary, and no head GEMM too many."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+from oracles import dense_rows, head_logits, instance
+from test_divergence_laws import NAMES
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from llmkd.divergences import DIVERGENCES
+from llmkd.rows import DenseRows, HeadRows, TopKRows, per_row, weighted_sum
+
+N, V, HS, HT, CHUNK = 60, 97, 4, 3, 5
+KL = DIVERGENCES["forward_kl"]
+
+
+def by_autograd(log_t: Tensor, log_s: Tensor) -> Tensor:
+    return KL(log_t, log_s)
+
+
+class Watch(TorchDispatchMode):
+    """The largest tensor that is made, and the most elements of new tensors that live at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest, self.most, self.alive = 0, 0, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, Tensor):
+                self.largest = max(self.largest, tensor.numel())
+                self.alive[id(tensor)] = weakref.ref(tensor)
+        self.most = max(self.most, self.living())
+        return out
+
+    def living(self) -> int:
+        """Elements of the storages that are still referenced."""
+        tensors = [tensor for tensor in (ref() for ref in self.alive.values()) if tensor is not None]
+        self.alive = {id(tensor): weakref.ref(tensor) for tensor in tensors}
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() // t.element_size() for t in tensors}
+        return sum(storages.values())
+
+
+def models(n: int = N, vocab: int = V) -> tuple[HeadRows, HeadRows]:
+    student, teacher = nn.Linear(HS, vocab, bias=False), nn.Linear(HT, vocab, bias=False)
+    return HeadRows(torch.randn(n, HS).requires_grad_(), student), HeadRows(torch.randn(n, HT), teacher)
+
+
+def drive(driver: str, fn, student, teacher, **knobs) -> Tensor:
+    if driver == "weighted_sum":
+        return weighted_sum(fn, student, teacher, torch.ones(len(student)), **knobs)
+    return per_row(fn, student, teacher, **knobs).sum()
+
+
+def test_the_watch_sees_what_the_dense_computation_keeps():
+    student, teacher = models()
+    with Watch() as watch:
+        loss = dense_rows(KL, *(head_logits(x.hidden, x.head) for x in (student, teacher))).sum()
+        assert watch.living() >= N * V
+        loss.backward()
+    assert watch.largest >= N * V and watch.most >= 3 * N * V
+
+
+@pytest.mark.parametrize("driver", ["weighted_sum", "per_row"])
+@pytest.mark.parametrize("name", [*NAMES, "autograd", "top_k"])
+def test_no_tensor_of_all_rows_times_the_vocabulary(driver, name):
+    student, teacher = models()
+    if name == "top_k":
+        ids = torch.arange(8).expand(N, 8)
+        teacher = TopKRows(ids, torch.full((N, 8), 0.1).log(), V)
+    fn = instance(DIVERGENCES, name, torch.float32) if name in NAMES else by_autograd
+    with Watch() as watch:
+        loss = drive(driver, fn, student, teacher, chunk_rows=CHUNK)
+        kept = watch.living()
+        loss.backward()
+    assert watch.largest <= CHUNK * V
+    assert kept < N * V / 4, "what is kept for backward: dH and dW, or the inputs of the checkpoints"
+    assert watch.most < 40 * CHUNK * V < N * V * 5
+
+
+@pytest.mark.parametrize("driver", ["weighted_sum", "per_row"])
+def test_the_budget_bounds_a_chunk(driver):
+    student, teacher = models(n=1500, vocab=1000)
+    with Watch() as watch:
+        drive(driver, KL, student, teacher, budget_mb=1).backward()
+    assert watch.largest * 4 <= 2**20
+    assert watch.most * 4 <= 2 * 2**20
+    whole = drive(driver, KL, student, teacher)
+    torch.testing.assert_close(whole, drive(driver, KL, student, teacher, budget_mb=1))
+
+
+def in_place_product(into, a, b, **_) -> int:
+    """FLOPs of `into.addmm_(a, b)`, which torch's counter does not know."""
+    return 2 * a[0] * a[1] * b[1]
+
+
+def flops(driver: str, fn, student, teacher) -> int:
+    """Of the forward and the backward pass, in-place products included."""
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place_product}) as counter:
+        loss = drive(driver, fn, student, teacher, chunk_rows=CHUNK)
+        if loss.requires_grad:
+            loss.backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("fn", [KL, by_autograd], ids=["closed", "autograd"])
+def test_head_products_of_the_weighted_sum(fn):
+    student, teacher = models()
+    assert flops("weighted_sum", fn, student, teacher) == 2 * N * V * (3 * HS + HT)
+    student.head.requires_grad_(False)
+    assert flops("weighted_sum", fn, student, teacher) == 2 * N * V * (2 * HS + HT)
+    with torch.no_grad():
+        assert flops("weighted_sum", fn, student, teacher) == 2 * N * V * (HS + HT)
+    ids = torch.arange(8).expand(N, 8)
+    top = TopKRows(ids, torch.full((N, 8), 0.1).log(), V)
+    assert flops("weighted_sum", fn, student, top) == 2 * N * V * 2 * HS
+
+
+def test_a_cut_vocabulary_costs_nothing_beyond_the_cut():
+    (student, teacher), cut = models(), V - 30
+    student, teacher = (HeadRows(x.hidden, x.head, vocab_size=cut) for x in (student, teacher))
+    assert flops("weighted_sum", KL, student, teacher) == 2 * N * cut * (3 * HS + HT)
+
+
+def test_dense_logits_cost_no_product():
+    student, teacher = DenseRows(torch.randn(N, V).requires_grad_()), DenseRows(torch.randn(N, V))
+    assert flops("weighted_sum", KL, student, teacher) == 0
+
+
+def test_head_products_of_the_rows_that_stay_differentiable():
+    """Both projections twice (checkpointed), dH and dW."""
+    assert flops("per_row", KL, *models()) <= 2 * N * V * (4 * HS + 2 * HT)
