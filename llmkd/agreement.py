@@ -20,13 +20,12 @@ def measure(
         nll: -log q(y), nats. With a teacher also kl: KL(p || q), nats; top1_agreement: rows where both have the same
         most likely event; teacher_nll: -log p(y), nats, where the teacher's rows are over the whole vocabulary.
     """
-    weights = torch.ones(len(student), device=labels.device)
-    terms = {"nll": Term(_nll, weights, (labels,), needs_teacher=False)}
+    terms = {"nll": Term(_nll, per_row=(labels,), needs_teacher=False)}
     if teacher is not None:
-        terms["kl"] = Term(forward_kl, weights)
-        terms["top1_agreement"] = Term(_agrees, weights)
+        terms["kl"] = Term(forward_kl)
+        terms["top1_agreement"] = Term(_agrees)
         if not isinstance(teacher, TopKRows):
-            terms["teacher_nll"] = Term(_teacher_nll, weights, (labels,))
+            terms["teacher_nll"] = Term(_teacher_nll, per_row=(labels,))
     with torch.no_grad():
         _, sums = reduce(list(terms.values()), student, teacher)
     return dict(zip(terms, sums, strict=True))

@@ -29,14 +29,15 @@ TENSORS_PER_CHUNK = 6  # [rows, vocab] fp32 tensors alive at once in a chunk: lo
 
 @dataclass(frozen=True)
 class Term:
-    """One row-wise loss: sum_i weights[i] * fn(log_t, log_s, *per_row)[i], at one temperature.
+    """One row-wise loss: scale * sum_i weights[i] * fn(log_t, log_s, *per_row)[i], at one temperature.
 
-    `fn` is a divergence or any function of two rows and further per-row values; `needs_teacher=False` passes None for
-    log_t and never projects the teacher's rows for it.
+    `fn` is a divergence or any function of two rows and further per-row values; `weights=None` counts every row once;
+    `needs_teacher=False` passes None for log_t and never projects the teacher's rows for it.
     """
 
     fn: Callable[..., Tensor]
-    weights: Tensor
+    scale: float = 1.0
+    weights: Tensor | None = None
     per_row: tuple[Tensor, ...] = ()
     temperature: float = 1.0
     needs_teacher: bool = True
@@ -68,7 +69,7 @@ def weighted_sum(
     Returns:
         Scalar in at least float32, nats.
     """
-    term = Term(fn, weights, per_row, temperature)
+    term = Term(fn, weights=weights, per_row=per_row, temperature=temperature)
     return reduce([term], student, teacher, budget_mb=budget_mb, chunk_rows=chunk_rows)[0]
 
 
@@ -86,12 +87,13 @@ def reduce(
         (total, sums): the weighted total with gradients as in `weighted_sum`, and the detached unweighted sum of each
         term, [len(terms)].
     """
-    if teacher is not None and len(teacher) != len(student):
-        raise ValueError(f"{len(student)} student rows but {len(teacher)} teacher rows")
+    for term in terms:
+        _same_length(len(student), teacher, term.weights, *term.per_row)
     if teacher is not None:
         teacher = teacher.using([t.detach() for t in teacher.tensors()])
     chunks = chunk_slices(len(student), student.vocab_size, budget_mb, chunk_rows)
-    parameters = [p for term in terms if isinstance(term.fn, nn.Module) for p in term.fn.parameters()]
+    modules = nn.ModuleList(term.fn for term in terms if isinstance(term.fn, nn.Module))
+    parameters = list(modules.parameters())  # each once, however many terms share it
     tensors = [*student.tensors(), *parameters]
     if not torch.is_grad_enabled():
         tensors = [tensor.detach() for tensor in tensors]  # an autograd.Function does not look at the grad mode
@@ -111,6 +113,7 @@ def per_row(
 
     For losses that need each row's value before they know its weight. Arguments as in `weighted_sum`.
     """
+    _same_length(len(student), teacher, *per_row)
     tensors = student.tensors()
     teacher = teacher.using([t.detach() for t in teacher.tensors()])
 
@@ -128,6 +131,12 @@ def chunk_slices(rows: int, vocab_size: int, budget_mb: int, chunk_rows: int | N
     count = max(1, math.ceil(rows / size))
     size = max(1, math.ceil(rows / count))
     return [slice(start, min(start + size, rows)) for start in range(0, max(rows, 1), size)]
+
+
+def _same_length(rows: int, *others: Any) -> None:
+    for other in others:
+        if other is not None and len(other) != rows:
+            raise ValueError(f"the student has {rows} rows; expected as many of everything, got {len(other)}")
 
 
 class FusedSum(torch.autograd.Function):
@@ -200,47 +209,56 @@ def _chunk(
     sums: Tensor,
 ) -> Tensor | None:
     """One chunk of every term: adds to `total`, `sums` and the parameters' gradients, returns d total / d logits."""
+    trained = [(p, g) for p, g in zip(parameters, parameter_grads, strict=True) if g is not None]
     closed = [_closed_form(term, teacher) if need_logits else None for term in terms]
-    trained = [p for p, g in zip(parameters, parameter_grads, strict=True) if g is not None]
-    by_autograd = (need_logits or bool(trained)) and not all(closed)
-    leaf = logits.detach().requires_grad_(need_logits and by_autograd)
-    d_logits: Tensor | None = None
-    traced: list[Tensor] = []
+    traced = [form is None and (need_logits or bool(trained)) for form in closed]
+    leaf = logits.detach().requires_grad_(need_logits and any(traced))
     pairs = _Pairs(leaf, teacher, rows)
+    d_logits: Tensor | None = None
     for index, term in enumerate(terms):
-        weights = term.weights[rows].to(total.dtype)
         extra = tuple(values[rows] for values in term.per_row)
-        with torch.set_grad_enabled(by_autograd and closed[index] is None):
+        with torch.set_grad_enabled(traced[index]):
             log_t, log_s = pairs.at(term)
             values = term.fn(log_t, log_s, *extra)
-            weighted = (values * weights).sum()
+            weighted = _weigh(values, term, rows)
         sums[index] += values.detach().sum()
         total += weighted.detach()
-        gradient = closed[index]
-        if gradient is not None:
-            slope = gradient(log_t, log_s, *extra) * (weights / term.temperature).unsqueeze(-1)
-            d_logits = slope if d_logits is None else d_logits.add_(slope)
+        slope = None
+        if closed[index] is not None:
+            slope = _scale(closed[index](log_t, log_s, *extra), term, rows)
         elif weighted.requires_grad:
-            traced.append(weighted)
-    if traced:
-        d_logits = _trace_back(traced, leaf, trained, [g for g in parameter_grads if g is not None], d_logits)
+            slope = _trace_back(weighted, leaf, trained)
+        if slope is not None:
+            slope = slope if term.weights is None else slope.masked_fill((term.weights[rows] == 0).unsqueeze(-1), 0.0)
+            d_logits = slope if d_logits is None else d_logits + slope
     return d_logits
 
 
-def _trace_back(
-    losses: list[Tensor], leaf: Tensor, trained: list[Tensor], into: list[Tensor], d_logits: Tensor | None
-) -> Tensor | None:
-    """Autograd, within the chunk, for the terms without a closed form: adds to `into`, returns d / d logits."""
-    inputs = [leaf, *trained] if leaf.requires_grad else list(trained)
-    grads = list(torch.autograd.grad(losses, inputs, allow_unused=True))
-    if leaf.requires_grad:
-        own = grads.pop(0)
-        if own is not None:
-            d_logits = own if d_logits is None else d_logits + own
-    for buffer, grad in zip(into, grads, strict=True):
+def _weigh(values: Tensor, term: Term, rows: slice) -> Tensor:
+    """scale * sum_i weights[i] * values[i]; a row of weight 0 may be infinite."""
+    if term.weights is None:
+        return values.sum() * term.scale
+    weights = term.weights[rows].to(values.dtype)
+    return (torch.where(weights == 0, 0.0, values) * weights).sum() * term.scale
+
+
+def _scale(slope: Tensor, term: Term, rows: slice) -> Tensor:
+    """d term / d logits from the closed form, which is that of one unweighted row at temperature 1."""
+    factor = term.scale / term.temperature
+    if term.weights is not None:
+        return slope * (term.weights[rows].to(slope.dtype) * factor).unsqueeze(-1)
+    return slope if factor == 1.0 else slope * factor
+
+
+def _trace_back(loss: Tensor, leaf: Tensor, trained: list[tuple[Tensor, Tensor]]) -> Tensor | None:
+    """Autograd within the chunk: adds to the parameters' gradients, returns d loss / d logits."""
+    inputs = [*([leaf] if leaf.requires_grad else []), *(parameter for parameter, _ in trained)]
+    grads = list(torch.autograd.grad(loss, inputs, allow_unused=True, retain_graph=True))  # log_s may be shared
+    slope = grads.pop(0) if leaf.requires_grad else None
+    for (_, buffer), grad in zip(trained, grads, strict=True):
         if grad is not None:
             buffer += grad
-    return d_logits
+    return slope
 
 
 def _closed_form(term: Term, teacher: DenseRows | HeadRows | TopKRows | None) -> Any:

@@ -90,7 +90,8 @@ def test_float32_keeps_its_type_and_its_digits(case):
     for z_t, z_s in [pair(dtype=torch.float32), *adversarial(torch.float32)]:
         log_t, log_s = log_softmax(z_t, z_s)
         value = fn(log_t, log_s)
-        assert value.dtype == torch.float32 and value.shape == z_t.shape[:1]
+        assert value.dtype == torch.float32
+        assert value.shape == z_t.shape[:1]
         torch.testing.assert_close(value.double(), oracle(case[0], log_t, log_s, **case[1]), rtol=2e-5, atol=2e-6)
 
 
@@ -143,7 +144,8 @@ def test_merging_events_never_increases(name):
         for cut in (6, 4, 1):
             merged = [torch.cat([x[:, :cut], x[:, cut:].logsumexp(-1, keepdim=True)], 1) for x in (log_t, log_s)]
             coarse = fn(*merged)
-            assert (coarse <= fine + 1e-12).all() and (coarse < fine - 1e-6).any()
+            assert (coarse <= fine + 1e-12).all()
+            assert (coarse < fine - 1e-6).any()
             fine = coarse
         one = torch.zeros(50, 1, dtype=torch.float64)
         torch.testing.assert_close(fn(one, one), torch.zeros(50, dtype=torch.float64))
@@ -187,8 +189,10 @@ def test_events_that_the_teacher_excludes(case, dtype):
     z_t[:, 1:5] = -math.inf
     z_t[0, 1:] = -math.inf
     value, grad = value_and_grad(build(case, dtype), z_t, z_s)
-    assert value.isfinite().all() and grad.isfinite().all()
-    assert value.sum().isfinite() and (value >= 0).all()
+    assert value.isfinite().all()
+    assert grad.isfinite().all()
+    assert value.sum().isfinite()
+    assert (value >= 0).all()
     exact = oracle(case[0], *log_softmax(z_t, z_s), **case[1])
     known = exact.isfinite()  # KL(q || p) is infinite there: all that is asked is that it stays finite and pushes away
     torch.testing.assert_close(value.double()[known], exact[known], rtol=1e-5, atol=1e-6)
@@ -223,7 +227,8 @@ def test_extreme_logits_stay_finite(case, dtype):
     for z_t, z_s in adversarial(dtype):
         for teacher, student in ((z_t, z_s), (z_s, z_t)):
             value, grad = value_and_grad(build(case, dtype), teacher, student)
-            assert value.isfinite().all() and grad.isfinite().all()
+            assert value.isfinite().all()
+            assert grad.isfinite().all()
 
 
 @pytest.mark.parametrize("name", sorted(MIRROR))
@@ -260,7 +265,8 @@ def test_limits_of_the_knobs():
 def test_jsd_without_a_mixture_is_an_error_that_names_the_kl(beta):
     with pytest.raises(ConfigError) as error:
         DIVERGENCES["jsd"](*log_softmax(*pair()), beta=beta)
-    assert "forward_kl" in str(error.value) and "reverse_kl" in str(error.value)
+    assert "forward_kl" in str(error.value)
+    assert "reverse_kl" in str(error.value)
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.5, 0.9])

@@ -65,7 +65,8 @@ def half_l2(log_t: Tensor, log_s: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_loss_is_a_dict_with_a_total_and_detached_metrics(name):
     loss = OBJECTIVES[name]()(*setting())
-    assert loss["total"].shape == () and loss["total"].requires_grad
+    assert loss["total"].shape == ()
+    assert loss["total"].requires_grad
     metrics = {key: value for key, value in loss.items() if key != "total"}
     assert metrics
     assert all(value.shape == () and not value.requires_grad for value in metrics.values())
@@ -95,7 +96,8 @@ def test_gradients_of_the_parts_add_up(name):
 def test_a_batch_without_supervised_tokens_is_zero_with_a_graph(name):
     student, teacher, batch = setting(slice(2, 3))
     loss = OBJECTIVES[name]()(student, teacher, batch)
-    assert len(student.rows) == 0 and all(value == 0 for value in loss.values())
+    assert len(student.rows) == 0
+    assert all(value == 0 for value in loss.values())
     assert all((grad == 0).all() for grad in grads(loss["total"], student))
 
 
@@ -109,7 +111,8 @@ def test_a_missing_teacher_is_an_error(name):
 def test_the_teacher_gets_no_gradient():
     student, teacher, batch = setting()
     TokenDistill()(student, teacher, batch)["total"].backward()
-    assert teacher.rows.hidden.grad is None and teacher.rows.head.weight.grad is None
+    assert teacher.rows.hidden.grad is None
+    assert teacher.rows.head.weight.grad is None
 
 
 @pytest.mark.parametrize("name", sorted(DIVERGENCES))
@@ -155,7 +158,8 @@ class Weighted(nn.Module):
 def test_a_divergence_with_parameters_is_trained_and_saved_with_the_objective():
     (student, teacher, batch), fn = setting(), Weighted()
     objective = TokenDistill(fn)
-    assert [id(p) for p in objective.parameters()] == [id(fn.gain)] and len(objective.state_dict()) == 1
+    assert [id(p) for p in objective.parameters()] == [id(fn.gain)]
+    assert len(objective.state_dict()) == 1
     total = objective(student, teacher, batch)["total"]
     dense = dense_rows(fn, logits(student), logits(teacher)).sum()
     assert_same(total, dense, student)
@@ -188,7 +192,8 @@ def test_mix_weighs_the_totals_and_not_the_metrics():
     assert set(loss) == {"total", "reverse_kl", "cross_entropy"}
     torch.testing.assert_close(loss["reverse_kl"], first["reverse_kl"])
     torch.testing.assert_close(loss["cross_entropy"], second["cross_entropy"])
-    assert not loss["reverse_kl"].requires_grad and not loss["cross_entropy"].requires_grad
+    assert not loss["reverse_kl"].requires_grad
+    assert not loss["cross_entropy"].requires_grad
 
 
 def test_mix_of_two_divergences_with_different_gradients():

@@ -62,7 +62,8 @@ def test_rows_are_the_logits_of_the_head():
     assert len(rows) == N
     torch.testing.assert_close(rows.logits(slice(2, 5)), head_logits(rows.hidden, rows.head, **options)[2:5])
     dense = DenseRows(torch.randn(N, V))
-    assert len(dense) == N and torch.equal(dense.logits(slice(2, 5)), dense.logits(slice(0, N))[2:5])
+    assert len(dense) == N
+    assert torch.equal(dense.logits(slice(2, 5)), dense.logits(slice(0, N))[2:5])
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
@@ -108,7 +109,8 @@ def test_frozen_head():
     student.head.requires_grad_(False)
     check_heads(KL, student, teacher, chunk_rows=4)
     weighted_sum(KL, student, teacher, weights_of(), chunk_rows=4).backward()
-    assert student.head.weight.grad is None and student.head.bias.grad is None
+    assert student.head.weight.grad is None
+    assert student.head.bias.grad is None
 
 
 def test_frozen_backbone():
@@ -124,7 +126,9 @@ def test_the_teacher_gets_no_gradient():
     weighted_sum(KL, student, teacher, weights_of(), chunk_rows=4).backward()
     per_row(KL, student, teacher, chunk_rows=4).sum().backward()
     assert student.hidden.grad is not None
-    assert teacher.hidden.grad is None and teacher.head.weight.grad is None and teacher.head.bias.grad is None
+    assert teacher.hidden.grad is None
+    assert teacher.head.weight.grad is None
+    assert teacher.head.bias.grad is None
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -199,9 +203,11 @@ def test_no_rows(fn):
         weighted_sum(fn, student, teacher, torch.empty(0, dtype=F64), *extra),
         per_row(fn, student, teacher, *extra).sum(),
     ):
-        assert loss.shape == () and loss == 0.0
+        assert loss.shape == ()
+        assert loss == 0.0
         for leaf, grad in zip(wrt, torch.autograd.grad(loss, wrt), strict=True):
-            assert grad.shape == leaf.shape and (grad == 0).all()
+            assert grad.shape == leaf.shape
+            assert (grad == 0).all()
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -28,7 +28,8 @@ def top_k(z_t: Tensor, k: int, temperature: float = 1.0) -> TopKRows:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_wide_widens_half_precision_only(dtype):
     x = torch.randn(4).to(dtype).requires_grad_()
-    assert wide(x).dtype == torch.float32 and torch.equal(wide(x), x.float())
+    assert wide(x).dtype == torch.float32
+    assert torch.equal(wide(x), x.float())
     assert torch.autograd.grad(wide(x).sum(), x)[0].dtype == dtype
     for kept in (torch.float32, torch.float64):
         assert wide(x.detach().to(kept)).dtype == kept
@@ -40,7 +41,8 @@ def test_dense_rows(temperature):
     log_t, log_s = pair(z_s, DenseRows(z_t), ALL, temperature)
     torch.testing.assert_close(log_t, torch.log_softmax(z_t / temperature, -1))
     torch.testing.assert_close(log_s, torch.log_softmax(z_s / temperature, -1))
-    assert log_s.requires_grad and not log_t.requires_grad
+    assert log_s.requires_grad
+    assert not log_t.requires_grad
 
 
 def test_head_rows():
@@ -91,9 +93,11 @@ def test_a_teacher_whose_top_k_holds_all_the_mass_stays_finite(excess):
     log_p = torch.tensor([0.5, 0.3, 0.2 + excess]).log().expand(N, 3)
     z_s = logits(1, torch.float32).requires_grad_()
     log_t, log_s = pair(z_s, TopKRows(ids, log_p, V), ALL)
-    assert not log_t.isnan().any() and (log_t[:, -1] < math.log(1e-6)).all()
+    assert not log_t.isnan().any()
+    assert (log_t[:, -1] < math.log(1e-6)).all()
     loss = (log_t.exp() * (log_t.clamp_min(-1e4) - log_s)).sum()
-    assert loss.isfinite() and torch.autograd.grad(loss, z_s)[0].isfinite().all()
+    assert loss.isfinite()
+    assert torch.autograd.grad(loss, z_s)[0].isfinite().all()
 
 
 def test_the_student_s_tail_keeps_its_digits_in_float32():

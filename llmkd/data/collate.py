@@ -10,6 +10,7 @@ from datasets import Dataset, concatenate_datasets
 from torch import Tensor
 
 from llmkd.errors import ConfigError
+from llmkd.types import supervised_rows
 
 IGNORE = -100
 
@@ -17,6 +18,9 @@ IGNORE = -100
 @dataclass
 class Collator:
     """Pads examples to one length: `input_ids`, `labels`, `position_ids`, `attention_mask`, all int64 [B, T].
+
+    `rows` [N] are the flat positions that predict a supervised token: known here, on the host, the training step needs
+    no sync to find them.
 
     Padding is told by length, never by id, so that a true EOS counts where pad = EOS. Position ids count a row's real
     tokens from 0, whichever side is padded, and are 0 at padding.
@@ -46,6 +50,7 @@ class Collator:
             "input_ids": self._pad(ids, self.pad_token_id),
             "labels": self._pad([example["labels"] for example in examples], IGNORE),
         }
+        batch["rows"] = supervised_rows(batch)
         if self.packing:
             lengths = [example.get("seq_lengths", [len(example["input_ids"])]) for example in examples]
             positions = [[i for length in row for i in range(length)] for row in lengths]
@@ -72,9 +77,5 @@ def pad_with_unsupervised(dataset: Dataset, multiple: int) -> Dataset:
     missing = -len(dataset) % multiple
     if missing == 0 or len(dataset) == 0:
         return dataset
-    filler = dataset.select([0] * missing).map(_unsupervised, features=dataset.features)
-    return concatenate_datasets([dataset, filler])
-
-
-def _unsupervised(example: dict[str, Any]) -> dict[str, Any]:
-    return {"labels": [IGNORE] * len(example["labels"])}
+    filler = {**dataset[0], "labels": [IGNORE] * len(dataset[0]["labels"])}
+    return concatenate_datasets([dataset, Dataset.from_list([filler] * missing, features=dataset.features)])

@@ -104,7 +104,7 @@ def _reduced(
     terms = [part.term(student, batch) for part in parts]
     if any(term.needs_teacher for term in terms) and (teacher is None or teacher.rows is None):
         raise ConfigError("objective: it needs a teacher's logits, got none; give a teacher or use cross_entropy alone.")
-    terms = [replace(term, weights=term.weights * w) for term, w in zip(terms, weights, strict=True)]
+    terms = [replace(term, scale=term.scale * w) for term, w in zip(terms, weights, strict=True)]
     rows = teacher.rows if teacher is not None and any(term.needs_teacher for term in terms) else None
     total, sums = reduce(terms, student.rows, rows)  # type: ignore[arg-type]
     out: Loss = {"total": total}

@@ -44,5 +44,4 @@ class CrossEntropy(RowObjective):
 
     def term(self, student: Outputs, batch: Batch) -> Term:
         """The negative log-likelihood of every supervised row's label."""
-        hidden = student.rows.tensors()[0]  # type: ignore[union-attr]
-        return Term(nll, hidden.new_ones(len(hidden)), per_row=(row_labels(batch),), needs_teacher=False)
+        return Term(nll, per_row=(row_labels(batch),), needs_teacher=False)

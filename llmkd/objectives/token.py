@@ -48,8 +48,7 @@ class TokenDistill(RowObjective):
 
     def term(self, student: Outputs, batch: Batch) -> Term:
         """The divergence of every supervised row."""
-        hidden = student.rows.tensors()[0]  # type: ignore[union-attr]
-        return Term(self.fn, hidden.new_full((len(hidden),), self.scale), temperature=self.temperature)
+        return Term(self.fn, self.scale, temperature=self.temperature)
 
 
 def _named(name: str) -> Divergence | nn.Module:
