@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -49,6 +50,8 @@ def train(
     from llmkd import config as recipes
 
     config = recipes.load(recipe, overrides or [])
+    if smoke:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported, which is below
     _quiet()
     if dry_run:
         _show_plan(config)

@@ -12,10 +12,10 @@ from torch import Tensor
 
 
 def start_processes(train: Mapping[str, Any]) -> dict[str, Any]:
-    """What TrainingArguments needs where there is no accelerator; joins a launcher's process group over gloo.
+    """What TrainingArguments needs where there is no accelerator; joins a launcher's process group over gloo for DeepSpeed.
 
-    On a CPU, accelerate finds no backend by itself and would turn DeepSpeed off; with the state made first, and
-    `use_configured_state`, it uses gloo. Call it before TrainingArguments are made.
+    On a CPU accelerate finds gloo if it is told `use_cpu`, which turns DeepSpeed off, silently. For DeepSpeed the state is
+    therefore made first, and `use_configured_state` keeps it. Call it before TrainingArguments are made.
 
     Args:
         train: the TrainingArguments asked for.
@@ -26,12 +26,14 @@ def start_processes(train: Mapping[str, Any]) -> dict[str, Any]:
     if torch.accelerator.is_available():
         return {}
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    deepspeed = train.get("deepspeed") or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or not deepspeed:
         return {"use_cpu": True}
     from accelerate import PartialState
 
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     PartialState(backend="gloo")
-    return {"use_cpu": True, "accelerator_config": {**(train.get("accelerator_config") or {}), "use_configured_state": True}}
+    return {"accelerator_config": {**(train.get("accelerator_config") or {}), "use_configured_state": True}}
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

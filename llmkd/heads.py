@@ -46,8 +46,16 @@ class DenseRows:
         """Both models' log-probabilities on the same V events; see `support.pair`."""
         return _dense_pair(self.logits(rows), log_s, temperature)
 
-    def pull_back(self, rows: slice, grad: Tensor, logits: Tensor, into: list[Tensor | None]) -> None:
-        """Add d/dlogits of some rows to the gradients of `tensors()`."""
+    def block(self, rows: slice) -> DenseRows:
+        """Some of the rows, computed now."""
+        return DenseRows(self.values[rows])
+
+    def through(self, grad: Tensor, logits: Tensor) -> Tensor:
+        """From d/dlogits to what `pull_back` takes: the same."""
+        return grad
+
+    def pull_back(self, rows: slice, grad: Tensor, into: list[Tensor | None]) -> None:
+        """Put the gradient of some rows into those of `tensors()`."""
         if into[0] is not None:
             into[0][rows] = grad.to(into[0].dtype)
 
@@ -108,14 +116,19 @@ class HeadRows:
         """Both models' log-probabilities on the same V events; see `support.pair`."""
         return _dense_pair(self.logits(rows), log_s, temperature)
 
-    def pull_back(self, rows: slice, grad: Tensor, logits: Tensor, into: list[Tensor | None]) -> None:
-        """Add d/dlogits of some rows to the gradients of `tensors()`: the GEMMs for dH and, if wanted, dW."""
+    def block(self, rows: slice) -> DenseRows:
+        """Some of the rows, projected now."""
+        return DenseRows(self.logits(rows))
+
+    def through(self, grad: Tensor, logits: Tensor) -> Tensor:
+        """From d/dlogits to d/d(head output): back through soft-cap and scale."""
         if self.softcap is not None:
             grad = grad * (1 - (logits / self.softcap) ** 2)
-        if self.scale != 1.0:
-            grad = grad * self.scale
+        return grad * self.scale if self.scale != 1.0 else grad
+
+    def pull_back(self, rows: slice, grad: Tensor, into: list[Tensor | None]) -> None:
+        """Add d/d(head output) of some rows to the gradients of `tensors()`: the GEMMs for dH and, if wanted, dW."""
         hidden, weight = self.hidden[rows], self.head.weight[: self._columns]
-        grad = grad.to(weight.dtype)
         if into[0] is not None:
             into[0][rows] = (grad @ weight).to(into[0].dtype)
         if into[1] is not None:
@@ -149,6 +162,10 @@ class TopKRows:
     def using(self, tensors: Sequence[Tensor]) -> TopKRows:
         """Itself: there is nothing to gather."""
         return self
+
+    def block(self, rows: slice) -> TopKRows:
+        """Some of the rows."""
+        return TopKRows(self.ids[rows], self.log_probs[rows], self.vocab_size, self.temperature)
 
     def align(self, rows: slice, log_s: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Both models' log-probabilities on the same K events and the tail; see `support.pair`."""

@@ -10,13 +10,15 @@ from typing import Any
 
 from llmkd import build
 from llmkd import config as recipes
-from llmkd.adapters.causal_lm import vocabulary
+from llmkd.adapters.causal_lm import check_packing, vocabulary
 from llmkd.data import prepare
 from llmkd.data.load import DataSpec
 from llmkd.distributed import start_processes
 from llmkd.trainer import check_needs
 from llmkd.vocabulary import common_columns
-from llmkd.weights import stand_in
+from llmkd.errors import ConfigError
+from llmkd.weights import reading_once, stand_in
+from llmkd.zero3 import whole_models
 
 CHECKED_ROWS = 64
 GIB = 2**30
@@ -36,19 +38,42 @@ def dry_run(config: Mapping[str, Any]) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         forced = {**start_processes(config["train"]), "output_dir": folder}
         args = recipes.training_arguments(config["train"], folder, **forced)
-    with stand_in("plan"):
-        parts = build.parts(config)
-        student = parts.model
-        if parts.peft_config is not None:
-            from peft import get_peft_model
-
-            student = get_peft_model(student, parts.peft_config)
-    check_needs(parts.objective, parts.teacher)
-    size, tokenizer = (parts.teacher.vocab_size, parts.teacher.tokenizer) if parts.teacher else (None, None)
-    common_columns(vocabulary(student), size, parts.tokenizer, tokenizer)
+    parts, student = check(config)
+    for model in (student, getattr(parts.teacher, "model", None)) if spec.packing else ():
+        if model is not None:
+            check_packing(model, max(args.train_batch_size, args.eval_batch_size))
     rows = min(spec.max_samples or CHECKED_ROWS, CHECKED_ROWS)
     prepare(spec.model_copy(update={"max_samples": rows}), parts.tokenizer)
     return estimate(student, getattr(parts.teacher, "model", None), args.per_device_train_batch_size * spec.max_length)
+
+
+def check(config: Mapping[str, Any]) -> tuple[build.Parts, Any]:
+    """Build every part without weights and check them against each other.
+
+    Returns:
+        The parts, and the student that would be trained: the model, or its PEFT wrapper.
+
+    Raises:
+        LlmkdError: an unknown key, a wrong value, a missing file, a signal that the teacher lacks, other tokenizers.
+    """
+    with whole_models(), stand_in("plan"):
+        parts = build.parts(config)
+        student = _with_adapter(parts)
+    check_needs(parts.objective, parts.teacher)
+    size, tokenizer = (parts.teacher.vocab_size, parts.teacher.tokenizer) if parts.teacher else (None, None)
+    common_columns(vocabulary(student), size, parts.tokenizer, tokenizer)
+    return parts, student
+
+
+def _with_adapter(parts: build.Parts) -> Any:
+    if parts.peft_config is None:
+        return parts.model
+    from peft import get_peft_model
+
+    try:
+        return get_peft_model(parts.model, parts.peft_config)
+    except ValueError as error:
+        raise ConfigError(f"peft: {' '.join(str(error).split())}") from error
 
 
 def estimate(student: Any, teacher: Any, tokens: int) -> dict[str, float]:
@@ -85,8 +110,14 @@ def smoke(config: Mapping[str, Any], announce: Any = print) -> dict[str, Any]:
             small[part] = {key: value for key, value in small[part].items() if key not in ("attn_implementation",)}
     with tempfile.TemporaryDirectory() as folder:
         small["data"] = _small_data(build.data_spec(config), Path(folder))
-        with stand_in("smoke"):
+        with stand_in("smoke", _layers(config["model"])):
             return train(small, Path(folder) / "run", announce=announce)
+
+
+def _layers(model: Any) -> int:
+    """Layers that tiny models need, so that those a recipe keeps exist."""
+    layers = model.get("layers") if isinstance(model, Mapping) else None
+    return max(layers) + 1 if isinstance(layers, list) and layers else layers if isinstance(layers, int) else 2
 
 
 def _small_data(spec: DataSpec, folder: Path) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from llmkd.adapters.causal_lm import check_head, vocabulary
+from llmkd.adapters.causal_lm import check_head, check_packing, vocabulary
 from llmkd.agreement import summary
 from llmkd.callbacks import AfterStep, Interrupt, Progress
 from llmkd.checkpoints import Checkpoints
@@ -27,6 +29,7 @@ from llmkd.teachers.base import Teacher
 from llmkd.types import Outputs, Signal
 from llmkd.versions import peak_memory_mb
 from llmkd.vocabulary import common_columns
+from llmkd.zero3 import inferring
 
 
 class DistillTrainer(Checkpoints, Trainer):
@@ -90,6 +93,8 @@ class DistillTrainer(Checkpoints, Trainer):
         )
         if hasattr(self.teacher, "prepare"):
             self.teacher.prepare(self.accelerator)  # type: ignore[union-attr]
+        if getattr(self.data_collator, "packing", False):
+            self._check_packing()
         self._train_meter, self._step_meter = Meter(), Meter()
         self._bad_step = torch.tensor(torch.inf)
         self._last_log = time.perf_counter()
@@ -99,6 +104,12 @@ class DistillTrainer(Checkpoints, Trainer):
             self.add_callback(AfterStep(self))
         if self.pop_callback(ProgressCallback):
             self.add_callback(Progress)
+
+    def _check_packing(self) -> None:
+        rows = max(self.args.train_batch_size, self.args.eval_batch_size)
+        for model in (self.distiller.student, getattr(self.teacher, "model", None)):
+            if model is not None:
+                check_packing(model, rows)
 
     def compute_loss(
         self,
@@ -164,17 +175,17 @@ class DistillTrainer(Checkpoints, Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """The objective and `agreement.measure` on fixed data: token-weighted over all ranks, deterministic."""
-        model = self._eval_model(dataloader)
-        model.eval()
         meter, samples = Meter(), 0
-        for batch in dataloader:
-            batch = self._prepare_inputs(batch)
-            with torch.no_grad():
-                signals = self._signals(batch, self.distiller.objective.needs | {Signal.LOGITS}) if self.teacher else None
-                loss = model(teacher=signals, **batch)
-            meter.add({**loss, **self._counts(batch)})
-            samples += len(batch["labels"])
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        with self._eval_model() as model:
+            model.eval()
+            for batch in dataloader:
+                batch = self._prepare_inputs(batch)
+                with torch.no_grad(), self.accelerator.autocast():
+                    needs = self.distiller.objective.needs | {Signal.LOGITS}
+                    loss = model(teacher=self._signals(batch, needs) if self.teacher else None, **batch)
+                meter.add({**loss, **self._counts(batch)})
+                samples += len(batch["labels"])
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         totals = meter.totals()
         if not totals.get("items"):
             raise ConfigError("eval_dataset: it has no supervised token; expected at least one label that is not -100.")
@@ -190,19 +201,20 @@ class DistillTrainer(Checkpoints, Trainer):
             counts["bytes"] = torch.tensor(size, device=counts["items"].device)
         return counts
 
-    def _eval_model(self, dataloader: DataLoader) -> nn.Module:
-        """The wrapped model; wrapped for inference now if no training has done it."""
-        if self.is_deepspeed_enabled and self.deepspeed is None:
-            from transformers.integrations.deepspeed import deepspeed_init
-
-            deepspeed_init(self, num_training_steps=0, inference=True)
-        if self.model_wrapped is self.model and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            prepared = self.accelerator.prepare(self.model)
-            self.model_wrapped = prepared
-            self.deepspeed = prepared if self.is_deepspeed_enabled else None
-        elif self.model_wrapped is self.model:
-            self.model_wrapped = self.accelerator.prepare_model(self.model, evaluation_mode=True)
-        return self.model_wrapped
+    @contextmanager
+    def _eval_model(self) -> Iterator[nn.Module]:
+        """The model as training wraps it. Before any training nothing stays wrapped, or training would not wrap it again."""
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        if self.model_wrapped is not self.model:
+            yield self.model_wrapped
+        elif plugin is not None and plugin.zero_stage == 3:
+            dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
+            with inferring(self.model, dtype, self.args.world_size) as engine:
+                yield engine
+        elif self.is_fsdp_enabled:
+            yield self.accelerator.prepare(self.model)
+        else:
+            yield self.model.to(self.args.device)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         """Shuffled, or length-grouped, from the seed and the epoch alone, so that a resumed run sees the same order."""

@@ -15,6 +15,7 @@ from llmkd.errors import ConfigError
 
 PACKAGE = "pkg://"
 _STAND_IN: ContextVar[Literal["", "plan", "smoke"]] = ContextVar("stand_in", default="")
+_LAYERS: ContextVar[int] = ContextVar("layers", default=2)
 
 
 @dataclass(frozen=True)
@@ -75,16 +76,30 @@ def _names(folder: Path, pattern: str) -> str:
 
 
 @contextmanager
-def stand_in(kind: Literal["plan", "smoke"]) -> Iterator[None]:
-    """Within this block models cost nothing: `plan` builds them without weights, `smoke` tiny, random, of their family."""
+def stand_in(kind: Literal["plan", "smoke"], layers: int = 2) -> Iterator[None]:
+    """Within this block models cost nothing: `plan` builds them without weights, `smoke` tiny, random, of their family.
+
+    `layers` is how many layers a tiny model has: as many as the recipe names.
+    """
     import torch
 
-    token = _STAND_IN.set(kind)
+    tokens = ((_STAND_IN, _STAND_IN.set(kind)), (_LAYERS, _LAYERS.set(layers)))
     try:
         with torch.device("meta" if kind == "plan" else "cpu"):
             yield
     finally:
-        _STAND_IN.reset(token)
+        for variable, token in tokens:
+            variable.reset(token)  # type: ignore[arg-type]
+
+
+@contextmanager
+def reading_once() -> Iterator[None]:
+    """Within this block a tokenizer is read once: a GGUF file takes seconds to parse."""
+    token = _TOKENIZERS.set({})
+    try:
+        yield
+    finally:
+        _TOKENIZERS.reset(token)
 
 
 def load_config(source: Source, trust_remote_code: bool = False) -> Any:
@@ -102,7 +117,12 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
         from llmkd.students.tiny import byte_tokenizer
 
         return byte_tokenizer()
-    tokenizer = _loading(source, AutoTokenizer.from_pretrained, trust_remote_code=trust_remote_code)
+    known = _TOKENIZERS.get()
+    tokenizer = None if known is None else known.get((source, trust_remote_code))
+    if tokenizer is None:
+        tokenizer = _loading(source, AutoTokenizer.from_pretrained, trust_remote_code=trust_remote_code)
+    if known is not None:
+        known[source, trust_remote_code] = tokenizer
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -131,14 +151,14 @@ def _planned(config: Any, dtype: str, trust_remote_code: bool) -> Any:
 
 
 def _tiny_like(source: Source, trust_remote_code: bool) -> Any:
-    """A tiny random model of the family and depth of `source`; of the family its name tells where it cannot be read."""
+    """A tiny random model of the family of `source`, or of the family its name tells where it cannot be read."""
     from llmkd.students.tiny import family_of, tiny_config, tiny_model
 
     try:
-        text = load_config(source, trust_remote_code).get_text_config()
-        return tiny_model(tiny_config(text.model_type, num_hidden_layers=text.num_hidden_layers))
+        family = load_config(source, trust_remote_code).get_text_config().model_type
     except ConfigError:
-        return tiny_model(tiny_config(family_of(source.path), num_hidden_layers=48))
+        family = family_of(source.path)
+    return tiny_model(tiny_config(family, num_hidden_layers=_LAYERS.get()))
 
 
 def _loading(source: Source, load: Any, **kwargs: Any) -> Any:

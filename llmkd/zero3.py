@@ -67,3 +67,13 @@ def inference_engine(module: nn.Module, dtype: torch.dtype, world_size: int) -> 
     engine = deepspeed.initialize(model=module, config=config)[0]
     engine.eval()  # DeepSpeed's returns nothing
     return engine
+
+
+@contextmanager
+def inferring(module: nn.Module, dtype: torch.dtype, world_size: int) -> Iterator[nn.Module]:
+    """A block in which a module runs as such an engine. Its weights stay sharded afterwards; its hooks are gone."""
+    engine = inference_engine(module, dtype, world_size)
+    try:
+        yield engine
+    finally:
+        engine.destroy()

@@ -32,7 +32,7 @@ def read(model: nn.Module, batch: Batch, needs: Collection[Signal], vocab_size: 
     base = unwrap(model)
     decoder = base.get_decoder()
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
-    if "position_ids" not in inspect.signature(decoder.forward).parameters:
+    if not _takes_positions(decoder):
         inputs.pop("position_ids", None)
     wanted = {f"output_{signal}": True for signal in (Signal.HIDDEN_STATES, Signal.ATTENTIONS) if signal in needs}
     out = decoder(**inputs, use_cache=False, return_dict=True, **wanted)
@@ -78,9 +78,9 @@ def check_head(model: nn.Module) -> None:
         ConfigError: they differ (an architecture that does more after its head than llmkd knows of).
     """
     base = unwrap(model)
+    if not _has_weights(base):
+        return
     weight = base.get_output_embeddings().weight
-    if weight.device.type == "meta" or weight.numel() == 0 or type(weight.data).__name__ == "DTensor":
-        return  # nothing to compare: no weights, or only a shard of them
     was_training = model.training
     model.eval()
     input_ids = torch.arange(1, 4, device=weight.device).unsqueeze(0)
@@ -95,6 +95,59 @@ def check_head(model: nn.Module) -> None:
             f"model type '{base.config.model_type}': logits differ by {gap:.3g} of {size:.3g} from the model's own; "
             "its head does more than scale, soft-cap and bias. Please open an issue with the model's name."
         )
+
+
+@torch.no_grad()
+def check_packing(model: nn.Module, batch_size: int) -> None:
+    """Change the first of two packed documents and see that the second is read as before.
+
+    Args:
+        batch_size: rows that the model sees at once.
+
+    Raises:
+        ConfigError: the model would let packed documents see each other.
+    """
+    base = unwrap(model)
+    decoder, kind, attention = base.get_decoder(), base.config.model_type, str(base.config._attn_implementation)
+    if "flash" in attention and batch_size > 1:
+        raise ConfigError(
+            f"packing: got {batch_size} rows a batch with {attention}, which keeps packed documents apart in one row only. "
+            "Set attn_implementation=sdpa, or per_device_train_batch_size=1 and per_device_eval_batch_size=1."
+        )
+    leaks = not _takes_positions(decoder)
+    if not leaks and _has_weights(base) and "flash" not in attention:
+        leaks = _leaks(model, decoder, batch_size)
+    if leaks:
+        raise ConfigError(
+            f"packing: model type '{kind}' lets packed documents see each other ({attention} attention); "
+            "expected documents that stay apart. Set data.packing=false."
+        )
+
+
+def _leaks(model: nn.Module, decoder: Any, batch_size: int) -> bool:
+    """Whether the second of two packed documents depends on the first."""
+    was_training = model.training
+    model.eval()
+    device = next(decoder.parameters()).device
+    first = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8], [4, 3, 2, 1, 5, 6, 7, 8]], device=device)
+    positions = torch.arange(4, device=device).repeat(min(batch_size, 2), 2)
+    hidden = [
+        decoder(input_ids=ids.expand_as(positions), position_ids=positions, use_cache=False).last_hidden_state[:, 4:]
+        for ids in first
+    ]
+    model.train(was_training)
+    noise = max(1e-4, 4 * torch.finfo(hidden[0].dtype).eps)  # experts see other batches, and sum in another order
+    return bool((hidden[0] - hidden[1]).abs().max() > noise * hidden[0].abs().max())
+
+
+def _takes_positions(decoder: Any) -> bool:
+    return "position_ids" in inspect.signature(decoder.forward).parameters
+
+
+def _has_weights(base: Any) -> bool:
+    """Whether the weights are here: neither on the meta device nor only a shard of them."""
+    weight = base.get_output_embeddings().weight
+    return not (weight.device.type == "meta" or weight.numel() == 0 or type(weight.data).__name__ == "DTensor")
 
 
 def vocabulary(model: nn.Module) -> int:

@@ -1,0 +1,17 @@
+"""`python -m benchmarks NAME [options]`."""
+
+import typer
+
+from benchmarks.quickstart import quickstart
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.command()(quickstart)
+
+
+@app.callback()
+def _main() -> None:
+    """Measure llmkd; each command writes a JSON under benchmarks/results/."""
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,212 @@
+"""The gradient-in-forward pass behind `rows.reduce`: one look at each chunk gives the losses and all gradients.
+
+A chunk is as many rows as the budget allows, so that its four GEMMs are large. Within it, the elementwise part runs tile
+by tile: on a CPU a tile fits the cache, elsewhere it is the chunk. A tile's logits are overwritten by their gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from llmkd.divergences.closed_form import grad_of
+from llmkd.heads import DenseRows, HeadRows, TopKRows
+from llmkd.support import log_softmax
+
+CACHED_ELEMENTS = 2**19  # 2 MiB of float32: a few such tensors stay in a CPU's cache
+
+
+@dataclass(frozen=True)
+class Term:
+    """One row-wise loss: scale * sum_i weights[i] * fn(log_t, log_s, *per_row)[i], at one temperature.
+
+    `fn` is a divergence or any function of two rows and further per-row values; `weights=None` counts every row once;
+    `needs_teacher=False` passes None for log_t and never projects the teacher's rows for it.
+    """
+
+    fn: Callable[..., Tensor]
+    scale: float = 1.0
+    weights: Tensor | None = None
+    per_row: tuple[Tensor, ...] = ()
+    temperature: float = 1.0
+    needs_teacher: bool = True
+
+
+class FusedSum(torch.autograd.Function):
+    """(total, sums) of `rows.reduce`. Plain autograd inside a tile: no `torch.func`, which cannot run under DDP."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        terms: list[Term],
+        student: DenseRows | HeadRows,
+        teacher: DenseRows | HeadRows | TopKRows | None,
+        chunks: list[slice],
+        *tensors: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        needed = ctx.needs_input_grad[4:]
+        count = len(student.tensors())
+        work = student.using(_one_dtype([t.detach() for t in tensors[:count]], autocast=True))
+        teacher = teacher.using(_one_dtype(teacher.tensors(), autocast=False)) if teacher is not None else None
+        grads = [_buffer(t) if need else None for t, need in zip(tensors, needed, strict=True)]
+        trained = [(t, g) for t, g in zip(tensors[count:], grads[count:], strict=True) if g is not None]
+        tally = _Tally(terms, teacher, any(needed[:count]), trained, tensors[0])
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            for rows in chunks:
+                logits = tally.chunk(work.logits(rows), rows, work)
+                if tally.need_logits:
+                    work.pull_back(rows, logits, grads[:count])
+        ctx.save_for_backward(*(g for g in grads if g is not None))
+        ctx.slots = [g is not None for g in grads]
+        ctx.dtypes = [t.dtype for t in tensors]
+        ctx.mark_non_differentiable(tally.sums)
+        return tally.total, tally.sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor, grad_sums: Tensor) -> tuple[Any, ...]:
+        saved = iter(ctx.saved_tensors)
+        grads = [
+            (next(saved) * grad_total).to(dtype) if slot else None
+            for slot, dtype in zip(ctx.slots, ctx.dtypes, strict=True)
+        ]
+        return None, None, None, None, *grads
+
+
+def _one_dtype(tensors: Sequence[Tensor], autocast: bool) -> list[Tensor]:
+    """Bring hidden states and head to one dtype: autocast's where it is on (the student), else the head's own."""
+    if len(tensors) < 2:
+        return list(tensors)
+    kind = tensors[1].device.type
+    dtype = torch.get_autocast_dtype(kind) if autocast and torch.is_autocast_enabled(kind) else tensors[1].dtype
+    return [t.to(dtype) for t in tensors]
+
+
+def _buffer(tensor: Tensor) -> Tensor:
+    """Zeros to accumulate a gradient in, in at least float32."""
+    return torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
+
+
+class _Tally:
+    """What a pass over the rows adds up: the total, each term's sum, the gradients of learned divergences."""
+
+    def __init__(
+        self,
+        terms: list[Term],
+        teacher: DenseRows | HeadRows | TopKRows | None,
+        need_logits: bool,
+        trained: list[tuple[Tensor, Tensor]],
+        like: Tensor,
+    ) -> None:
+        self.terms, self.need_logits, self.trained = terms, need_logits, trained
+        self.teacher = teacher if any(term.needs_teacher for term in terms) else None
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        self.total = torch.zeros((), dtype=dtype, device=like.device)
+        self.sums = torch.zeros(len(terms), dtype=dtype, device=like.device)
+        coarse = isinstance(teacher, TopKRows)
+        closed = [None if coarse and term.needs_teacher else grad_of(term.fn) for term in terms]
+        self.closed: list[Callable[..., Tensor] | None] = closed if need_logits else [None] * len(terms)
+        self.traced = [form is None and (need_logits or bool(trained)) for form in self.closed]
+
+    def chunk(self, logits: Tensor, rows: slice, student: DenseRows | HeadRows) -> Tensor:
+        """Add up one chunk [m, V]; returns d total / d (head output), in place of the logits where there is room."""
+        teacher = None if self.teacher is None else self.teacher.block(rows)
+        out = logits if logits._base is None and self.need_logits else torch.empty_like(logits)
+        for tile in _tiles(logits):
+            slope = self.tile(logits[tile], teacher, tile, slice(rows.start + tile.start, rows.start + tile.stop))
+            if self.need_logits:
+                out[tile] = 0.0 if slope is None else student.through(slope, logits[tile])
+        return out
+
+    def tile(
+        self, logits: Tensor, teacher: DenseRows | TopKRows | None, tile: slice, rows: slice
+    ) -> Tensor | None:
+        """Add up one tile of every term; returns d total / d logits."""
+        leaf = logits.detach().requires_grad_(self.need_logits and any(self.traced))
+        pairs = _Pairs(leaf, teacher, tile)
+        slopes = []
+        for index, term in enumerate(self.terms):
+            extra = tuple(values[rows] for values in term.per_row)
+            with torch.set_grad_enabled(self.traced[index]):
+                log_t, log_s = pairs.at(term)
+                values = term.fn(log_t, log_s, *extra)
+                weighted = _weigh(values, term, rows)
+            self.sums[index] += values.detach().sum()
+            self.total += weighted.detach()
+            closed = self.closed[index]
+            slope = None
+            if closed is not None:
+                slope = _scale(closed(log_t, log_s, *extra), term, rows)
+            elif weighted.requires_grad:
+                slope = self._trace_back(weighted, leaf)
+            if slope is not None and term.weights is not None:
+                slope = slope.masked_fill((term.weights[rows] == 0).unsqueeze(-1), 0.0)
+            slopes.append(slope)
+        return _sum(slopes)
+
+    def _trace_back(self, loss: Tensor, leaf: Tensor) -> Tensor | None:
+        """Autograd within the tile: adds to the parameters' gradients, returns d loss / d logits."""
+        inputs = [*([leaf] if leaf.requires_grad else []), *(parameter for parameter, _ in self.trained)]
+        grads = list(torch.autograd.grad(loss, inputs, allow_unused=True, retain_graph=True))  # log_s may be shared
+        slope = grads.pop(0) if leaf.requires_grad else None
+        for (_, buffer), grad in zip(self.trained, grads, strict=True):
+            if grad is not None:
+                buffer += grad
+        return slope
+
+
+def _tiles(logits: Tensor) -> Iterator[slice]:
+    """Rows of a chunk [m, V] that are worked on together: on a CPU as many as the cache likes, at most a quarter."""
+    rows, vocab = logits.shape
+    most = min(CACHED_ELEMENTS, logits.numel() // 4) if logits.device.type == "cpu" else logits.numel()
+    size = max(1, most // max(1, vocab))
+    return (slice(start, min(start + size, rows)) for start in range(0, max(rows, 1), size))
+
+
+def _weigh(values: Tensor, term: Term, rows: slice) -> Tensor:
+    """scale * sum_i weights[i] * values[i]; a row of weight 0 may be infinite."""
+    if term.weights is None:
+        return values.sum() * term.scale
+    weights = term.weights[rows].to(values.dtype)
+    return (torch.where(weights == 0, 0.0, values) * weights).sum() * term.scale
+
+
+def _scale(slope: Tensor, term: Term, rows: slice) -> Tensor:
+    """d term / d logits from the closed form, which is that of one unweighted row at temperature 1."""
+    factor = term.scale / term.temperature
+    if term.weights is not None:
+        return slope * (term.weights[rows].to(slope.dtype) * factor).unsqueeze(-1)
+    return slope if factor == 1.0 else slope.mul_(factor)
+
+
+def _sum(slopes: list[Tensor | None]) -> Tensor | None:
+    given = [slope for slope in slopes if slope is not None]
+    for other in given[1:]:
+        given[0] = given[0] + other
+    return given[0] if given else None
+
+
+class _Pairs:
+    """log_t and log_s of one tile, computed once for each temperature and grad mode."""
+
+    def __init__(self, logits: Tensor, teacher: DenseRows | TopKRows | None, tile: slice) -> None:
+        self.logits, self.teacher, self.tile = logits, teacher, tile
+        self.student: dict[tuple[float, bool], Tensor] = {}
+        self.both: dict[tuple[float, bool], tuple[Tensor, Tensor]] = {}
+
+    def at(self, term: Term) -> tuple[Tensor | None, Tensor]:
+        key = (term.temperature, torch.is_grad_enabled())
+        if key not in self.student:
+            self.student[key] = log_softmax(self.logits, term.temperature)
+        if not term.needs_teacher:
+            return None, self.student[key]
+        if self.teacher is None:
+            raise ValueError("a term needs the teacher's rows, but there is no teacher")
+        if key not in self.both:
+            self.both[key] = self.teacher.align(self.tile, self.student[key], term.temperature)
+        return self.both[key]
