@@ -58,10 +58,23 @@ def parts(config: Mapping[str, Any]) -> Parts:
     goal = objective(config["objective"])
     peft_config = peft(config.get("peft"))
     model_spec, teacher_spec = _spec(config["model"], "pretrained"), _spec(config.get("teacher"), "local")
-    tokenizer = load_tokenizer(_tokenizer_source(model_spec, teacher_spec))
     teacher = recipes.build("teacher", teacher_spec, TABLES) if teacher_spec else None
     model = recipes.build("model", model_spec, TABLES, teacher_model=getattr(teacher, "model", None))
-    return Parts(model, teacher, goal, tokenizer, peft_config)
+    return Parts(model, teacher, goal, tokenizer(config), peft_config)
+
+
+def tokenizer(config: Mapping[str, Any]) -> Any:
+    """The student's tokenizer; the teacher's where the student is cut from it."""
+    for spec in (_spec(config["model"], "pretrained"), _spec(config.get("teacher"), "local")):
+        if spec and isinstance(spec.get("path"), str):
+            return load_tokenizer(locate(spec["path"], spec.get("gguf_file"), spec.get("revision")))
+    raise ConfigError("model: neither model nor teacher has a path; expected one, to take the tokenizer from.")
+
+
+def has_own_code(config: Mapping[str, Any]) -> bool:
+    """Whether model or teacher is the user's own code, of which nobody knows what building it costs."""
+    specs = (_spec(config["model"], "pretrained"), _spec(config.get("teacher"), "local"))
+    return any(":" in str(spec["name"]) for spec in specs if spec)
 
 
 def peft(block: Mapping[str, Any] | None) -> Any:
@@ -80,11 +93,3 @@ def _spec(spec: Any, default: str) -> dict[str, Any] | None:
         return None
     options = {"path": spec} if isinstance(spec, str) else dict(spec)
     return {"name": default, **options}
-
-
-def _tokenizer_source(model: Mapping[str, Any] | None, teacher: Mapping[str, Any] | None) -> Any:
-    """The student's tokenizer; the teacher's where the student is cut from it."""
-    for spec in (model, teacher):
-        if spec and isinstance(spec.get("path"), str):
-            return locate(spec["path"], spec.get("gguf_file"), spec.get("revision"))
-    raise ConfigError("model: neither model nor teacher has a path; expected one, to take the tokenizer from.")

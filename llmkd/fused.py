@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from llmkd.divergences.closed_form import grad_of
+from llmkd.divergences.closed_form import closed_form
 from llmkd.heads import DenseRows, HeadRows, TopKRows
 from llmkd.support import log_softmax
 
@@ -109,8 +109,8 @@ class _Tally:
         self.total = torch.zeros((), dtype=dtype, device=like.device)
         self.sums = torch.zeros(len(terms), dtype=dtype, device=like.device)
         coarse = isinstance(teacher, TopKRows)
-        closed = [None if coarse and term.needs_teacher else grad_of(term.fn) for term in terms]
-        self.closed: list[Callable[..., Tensor] | None] = closed if need_logits else [None] * len(terms)
+        closed = [None if coarse and term.needs_teacher else closed_form(term.fn) for term in terms]
+        self.closed = closed if need_logits else [None] * len(terms)
         self.traced = [form is None and (need_logits or bool(trained)) for form in self.closed]
 
     def chunk(self, logits: Tensor, rows: slice, student: DenseRows | HeadRows) -> Tensor:
@@ -129,24 +129,27 @@ class _Tally:
         """Add up one tile of every term; returns d total / d logits."""
         leaf = logits.detach().requires_grad_(self.need_logits and any(self.traced))
         pairs = _Pairs(leaf, teacher, tile)
-        slopes = []
-        for index, term in enumerate(self.terms):
+        slopes, sums, total = [], [], torch.zeros_like(self.total)
+        for term, closed, traced in zip(self.terms, self.closed, self.traced, strict=True):
             extra = tuple(values[rows] for values in term.per_row)
-            with torch.set_grad_enabled(self.traced[index]):
-                log_t, log_s = pairs.at(term)
-                values = term.fn(log_t, log_s, *extra)
-                weighted = _weigh(values, term, rows)
-            self.sums[index] += values.detach().sum()
-            self.total += weighted.detach()
-            closed = self.closed[index]
             slope = None
-            if closed is not None:
-                slope = _scale(closed(log_t, log_s, *extra), term, rows)
-            elif weighted.requires_grad:
+            with torch.set_grad_enabled(traced):
+                log_t, log_s = pairs.at(term)
+                if closed is not None:
+                    values, slope = closed(log_t, log_s, *extra)
+                    slope = _scale(slope, term, rows)
+                else:
+                    values = term.fn(log_t, log_s, *extra)
+                weighted = _weigh(values, term, rows)
+            if traced and weighted.requires_grad:
                 slope = self._trace_back(weighted, leaf)
             if slope is not None and term.weights is not None:
                 slope = slope.masked_fill((term.weights[rows] == 0).unsqueeze(-1), 0.0)
             slopes.append(slope)
+            sums.append(values.detach().sum())
+            total = total + weighted.detach()
+        self.sums += torch.stack(sums)
+        self.total += total
         return _sum(slopes)
 
     def _trace_back(self, loss: Tensor, leaf: Tensor) -> Tensor | None:
@@ -180,14 +183,14 @@ def _scale(slope: Tensor, term: Term, rows: slice) -> Tensor:
     """d term / d logits from the closed form, which is that of one unweighted row at temperature 1."""
     factor = term.scale / term.temperature
     if term.weights is not None:
-        return slope * (term.weights[rows].to(slope.dtype) * factor).unsqueeze(-1)
+        return slope.mul_((term.weights[rows].to(slope.dtype) * factor).unsqueeze(-1))
     return slope if factor == 1.0 else slope.mul_(factor)
 
 
 def _sum(slopes: list[Tensor | None]) -> Tensor | None:
     given = [slope for slope in slopes if slope is not None]
     for other in given[1:]:
-        given[0] = given[0] + other
+        given[0] = given[0].add_(other)
     return given[0] if given else None
 
 

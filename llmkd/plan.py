@@ -14,9 +14,9 @@ from llmkd.adapters.causal_lm import check_packing, vocabulary
 from llmkd.data import prepare
 from llmkd.data.load import DataSpec
 from llmkd.distributed import start_processes
+from llmkd.errors import ConfigError
 from llmkd.trainer import check_needs
 from llmkd.vocabulary import common_columns
-from llmkd.errors import ConfigError
 from llmkd.weights import reading_once, stand_in
 from llmkd.zero3 import whole_models
 
@@ -38,7 +38,8 @@ def dry_run(config: Mapping[str, Any]) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         forced = {**start_processes(config["train"]), "output_dir": folder}
         args = recipes.training_arguments(config["train"], folder, **forced)
-    parts, student = check(config)
+    with reading_once():
+        parts, student = check(config)
     for model in (student, getattr(parts.teacher, "model", None)) if spec.packing else ():
         if model is not None:
             check_packing(model, max(args.train_batch_size, args.eval_batch_size))

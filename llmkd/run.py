@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import set_seed
 
 from llmkd import build, zero3
 from llmkd import config as recipes
@@ -18,8 +19,10 @@ from llmkd.data import prepare
 from llmkd.data.collate import Collator
 from llmkd.distributed import is_main, start_processes
 from llmkd.errors import ConfigError
+from llmkd.plan import check
 from llmkd.trainer import DistillTrainer
 from llmkd.versions import commit, device, peak_memory_mb, versions
+from llmkd.weights import reading_once, standing_in
 
 MEASURED = ("kl", "top1_agreement", "perplexity", "bits_per_byte", "peak_memory_mb")
 MAY_CHANGE = {"save_steps", "save_total_limit", "logging_steps", "report_to", "disable_tqdm", "run_name", "output_dir"}
@@ -35,18 +38,15 @@ def folder_of(config: Mapping[str, Any], name: str) -> Path:
 
 
 def claim(folder: Path, config: Mapping[str, Any], resume: bool) -> None:
-    """Create the run folder, or accept the one of the same recipe; never touch another's silently.
+    """Accept a new run folder, or the one of the same recipe; never touch another's silently. Nothing is written.
 
     Raises:
         ConfigError: it exists and `resume` was not asked for, or it belongs to another config (the key is named).
     """
     file = folder / "config.yaml"
     if not file.exists():
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ConfigError(f"train.output_dir: '{folder}' is not empty and no run of llmkd; expected a new folder. Set another.")
-        if is_main():
-            folder.mkdir(parents=True, exist_ok=True)
-            _write(file, recipes.dump(config))
         return
     if not resume:
         raise ConfigError(
@@ -81,7 +81,8 @@ def train(config: Mapping[str, Any], folder: Path, resume: bool = False, announc
         Stopped: Ctrl-C or SIGTERM, after a checkpoint. LlmkdError: what the user has to fix.
     """
     forced = {**start_processes(config["train"]), "output_dir": str(folder / "checkpoints")}
-    claim(folder, config, resume)
+    if is_main():
+        claim(folder, config, resume)
     done = read_metrics(folder)
     if done.get("after") is not None:
         announce(f"{folder} is finished already; nothing to do.")
@@ -89,9 +90,14 @@ def train(config: Mapping[str, Any], folder: Path, resume: bool = False, announc
     checkpoints = complete_checkpoints(folder / "checkpoints")
     args = recipes.training_arguments(config["train"], str(folder), **forced)
     spec = build.data_spec(config)
-    built = build.parts(config)
-    data = prepare(spec, built.tokenizer)
-    announce(f"data: {_counts(data.report)}")
+    with reading_once():
+        if not standing_in() and not build.has_own_code(config):
+            check(config)  # all that can be wrong is said before weights are loaded
+        data = prepare(spec, build.tokenizer(config))
+        announce(f"data: {_counts(data.report)}")
+        _begin(folder, config)
+        set_seed(args.seed)  # before random parts are made: adapters, projectors
+        built = build.parts(config)
     args.eval_on_start = data.eval is not None and not checkpoints
     trainer = DistillTrainer(
         model=built.model,
@@ -108,9 +114,17 @@ def train(config: Mapping[str, Any], folder: Path, resume: bool = False, announc
     trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
     if trainer.interrupt.stopped:
         raise Stopped(str(trainer.last_checkpoint()))
+    trainer.stop_unless_finite()
     seconds = time.perf_counter() - started
     metrics = _finish(trainer, config, folder, seconds, data.report)
     return metrics
+
+
+def _begin(folder: Path, config: Mapping[str, Any]) -> None:
+    """Create the run folder, once nothing is left to check."""
+    if is_main() and not (folder / "config.yaml").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / "config.yaml", recipes.dump(config))
 
 
 def _finish(trainer: DistillTrainer, config: Mapping[str, Any], folder: Path, seconds: float, report: dict[str, int]) -> dict[str, Any]:

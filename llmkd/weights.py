@@ -16,6 +16,7 @@ from llmkd.errors import ConfigError
 PACKAGE = "pkg://"
 _STAND_IN: ContextVar[Literal["", "plan", "smoke"]] = ContextVar("stand_in", default="")
 _LAYERS: ContextVar[int] = ContextVar("layers", default=2)
+_TOKENIZERS: ContextVar[dict[Any, Any] | None] = ContextVar("tokenizers", default=None)
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,11 @@ def reading_once() -> Iterator[None]:
         _TOKENIZERS.reset(token)
 
 
+def standing_in() -> bool:
+    """Whether models are stand-ins now."""
+    return bool(_STAND_IN.get())
+
+
 def load_config(source: Source, trust_remote_code: bool = False) -> Any:
     """The model's config, without its weights."""
     from transformers import AutoConfig
@@ -163,10 +169,12 @@ def _tiny_like(source: Source, trust_remote_code: bool) -> Any:
 
 def _loading(source: Source, load: Any, **kwargs: Any) -> Any:
     """Call a `from_pretrained`; what the Hub or the disk refuses becomes one line."""
+    from safetensors import SafetensorError
+
     try:
         return load(source.path, **source.kwargs(), **kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"path: could not load '{source.path}': {first} Check the name, the network or HF_TOKEN, or give a local folder."
+            f"path: could not load '{source.path}': {first.rstrip(".")}. Check the name, the network or HF_TOKEN, or give a local folder."
         ) from error

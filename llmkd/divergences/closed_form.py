@@ -1,4 +1,4 @@
-"""How a divergence carries its closed-form gradient, and the two small pieces that all of them share."""
+"""How a divergence carries its closed-form gradient, and what all of them share."""
 
 from __future__ import annotations
 
@@ -8,31 +8,36 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+ValueAndGrad = Callable[..., tuple[Tensor, Tensor]]
 F = TypeVar("F", bound=Callable[..., Tensor])
 
 
-def with_grad(grad: Callable[..., Tensor]) -> Callable[[F], F]:
-    """Attach `grad(log_t, log_s, ...) -> d/dz_s` to a divergence; the chunk driver uses it instead of autograd."""
+def with_grad(value_and_grad: ValueAndGrad) -> Callable[[F], F]:
+    """Attach a closed form to a divergence; the chunk driver uses it instead of autograd.
+
+    Args:
+        value_and_grad: `(log_t, log_s, ...) -> (values [n], slope [n, k])`, slope = d values / d z_s where
+            log_s = log_softmax(z_s). The divergence then has `.value_and_grad`, and `.grad` for the slope alone.
+    """
 
     def attach(fn: F) -> F:
-        fn.grad = grad  # type: ignore[attr-defined]
+        fn.value_and_grad = value_and_grad  # type: ignore[attr-defined]
+        fn.grad = lambda *rows, **knobs: value_and_grad(*rows, **knobs)[1]  # type: ignore[attr-defined]
         return fn
 
     return attach
 
 
-def grad_of(fn: Callable[..., Any]) -> Callable[..., Tensor] | None:
+def closed_form(fn: Callable[..., Any]) -> ValueAndGrad | None:
     """The closed form that a divergence carries, with its knobs bound, or None."""
     if isinstance(fn, nn.Module):
         return None
     if isinstance(fn, partial):
-        inner = grad_of(fn.func)
+        inner = closed_form(fn.func)
         return partial(inner, *fn.args, **fn.keywords) if inner else None
-    return getattr(fn, "grad", None)
+    return getattr(fn, "value_and_grad", None)
 
 
-def through_softmax(slope: Tensor, log_s: Tensor) -> Tensor:
-    """d/dz from `slope` = d/dlog_s, where log_s = log_softmax(z): slope - q * sum(slope), [n, k] -> [n, k]."""
-    return slope - log_s.exp() * slope.sum(-1, keepdim=True)
-
-
+def through_softmax(slope: Tensor, q: Tensor) -> Tensor:
+    """d/dz from `slope` = d/dlog_s, where q = exp(log_s) = softmax(z): slope - q * sum(slope), [n, k] -> [n, k]."""
+    return slope - q * slope.sum(-1, keepdim=True)

@@ -5,15 +5,20 @@ from __future__ import annotations
 from torch import Tensor
 
 from llmkd.divergences.closed_form import with_grad
-from llmkd.divergences.numerics import floor_log, mixture, open_unit, times_log
+from llmkd.divergences.numerics import expectation, log_mixture, log_ratio, open_unit
 
 
-def _jsd_grad(log_t: Tensor, log_s: Tensor, *, beta: float = 0.5) -> Tensor:
-    q, ratio = log_s.exp(), floor_log(log_s) - floor_log(mixture(log_t, log_s, beta))
-    return (1 - beta) * q * (ratio - (q * ratio).sum(-1, keepdim=True))
+def _jsd(log_t: Tensor, log_s: Tensor, *, beta: float = 0.5) -> tuple[Tensor, Tensor]:
+    open_unit("beta", beta, "use forward_kl", "use reverse_kl")
+    p, q = log_t.exp(), log_s.exp()
+    log_m = log_mixture(p, q, beta)
+    ratio = log_ratio(log_s, log_m)
+    to_student = expectation(q, ratio)
+    value = beta * expectation(p, log_ratio(log_t, log_m)) + (1 - beta) * to_student
+    return value, ratio.sub_(to_student.unsqueeze(-1)).mul_(q).mul_(1 - beta)
 
 
-@with_grad(_jsd_grad)
+@with_grad(_jsd)
 def jsd(log_t: Tensor, log_s: Tensor, *, beta: float = 0.5) -> Tensor:
     """JSD_b(p, q) = b KL(p || m) + (1 - b) KL(q || m), m = b p + (1 - b) q, p = teacher, q = student.
 
@@ -34,7 +39,6 @@ def jsd(log_t: Tensor, log_s: Tensor, *, beta: float = 0.5) -> Tensor:
     Fidelity: checked against TRL's GKD and the official codes of TAID and DistiLLM.
     """
     open_unit("beta", beta, "use forward_kl", "use reverse_kl")
-    log_m = mixture(log_t, log_s, beta)
-    to_teacher = times_log(log_t.exp(), log_t - log_m).sum(-1)
-    to_student = times_log(log_s.exp(), log_s - log_m).sum(-1)
-    return beta * to_teacher + (1 - beta) * to_student
+    p, q = log_t.exp(), log_s.exp()
+    log_m = log_mixture(p, q, beta)
+    return beta * expectation(p, log_ratio(log_t, log_m)) + (1 - beta) * expectation(q, log_ratio(log_s, log_m))

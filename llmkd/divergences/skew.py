@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
 from llmkd.divergences.closed_form import through_softmax, with_grad
-from llmkd.divergences.numerics import floor_log, mixture, open_unit, times_log
+from llmkd.divergences.numerics import expectation, log_mixture, log_ratio, open_unit
 
 
-def _skew_kl_grad(log_t: Tensor, log_s: Tensor, *, alpha: float = 0.1) -> Tensor:
-    log_m = floor_log(mixture(log_t, log_s, alpha))
-    return through_softmax(-(log_t + log_s + math.log1p(-alpha) - log_m).exp(), log_s)
+def _skew_kl(log_t: Tensor, log_s: Tensor, *, alpha: float = 0.1) -> tuple[Tensor, Tensor]:
+    open_unit("alpha", alpha, "use forward_kl", "the value is always 0")
+    p, q = log_t.exp(), log_s.exp()
+    log_m = log_mixture(p, q, alpha)
+    share = (log_s - log_m).exp_().mul_(p).mul_(alpha - 1)  # -(1 - alpha) p q / m
+    return expectation(p, log_ratio(log_t, log_m)), through_softmax(share, q)
 
 
-@with_grad(_skew_kl_grad)
+@with_grad(_skew_kl)
 def skew_kl(log_t: Tensor, log_s: Tensor, *, alpha: float = 0.1) -> Tensor:
     """SKL_a(p, q) = KL(p || a p + (1 - a) q), p = teacher, q = student.
 
@@ -33,16 +34,20 @@ def skew_kl(log_t: Tensor, log_s: Tensor, *, alpha: float = 0.1) -> Tensor:
     Fidelity: checked against the official code of DistiLLM (CE form minus teacher entropy).
     """
     open_unit("alpha", alpha, "use forward_kl", "the value is always 0")
-    return times_log(log_t.exp(), log_t - mixture(log_t, log_s, alpha)).sum(-1)
+    p = log_t.exp()
+    return expectation(p, log_ratio(log_t, log_mixture(p, log_s.exp(), alpha)))
 
 
-def _skew_reverse_kl_grad(log_t: Tensor, log_s: Tensor, *, alpha: float = 0.1) -> Tensor:
-    log_m = floor_log(mixture(log_s, log_t, alpha))
-    share = (log_s + math.log(alpha) - log_m).exp()
-    return through_softmax(log_s.exp() * (floor_log(log_s) - log_m + 1.0 - share), log_s)
+def _skew_reverse_kl(log_t: Tensor, log_s: Tensor, *, alpha: float = 0.1) -> tuple[Tensor, Tensor]:
+    open_unit("alpha", alpha, "use reverse_kl", "the value is always 0")
+    q = log_s.exp()
+    log_m = log_mixture(q, log_t.exp(), alpha)
+    ratio = log_ratio(log_s, log_m)
+    slope = (log_s - log_m).exp_().mul_(-alpha).add_(ratio).add_(1.0).mul_(q)
+    return expectation(q, ratio), through_softmax(slope, q)
 
 
-@with_grad(_skew_reverse_kl_grad)
+@with_grad(_skew_reverse_kl)
 def skew_reverse_kl(log_t: Tensor, log_s: Tensor, *, alpha: float = 0.1) -> Tensor:
     """SRKL_a(p, q) = KL(q || (1 - a) p + a q), p = teacher, q = student; the gradient runs through the mixture too.
 
@@ -60,4 +65,5 @@ def skew_reverse_kl(log_t: Tensor, log_s: Tensor, *, alpha: float = 0.1) -> Tens
     Fidelity: checked against the official code of DistiLLM.
     """
     open_unit("alpha", alpha, "use reverse_kl", "the value is always 0")
-    return times_log(log_s.exp(), log_s - mixture(log_s, log_t, alpha)).sum(-1)
+    q = log_s.exp()
+    return expectation(q, log_ratio(log_s, log_mixture(q, log_t.exp(), alpha)))

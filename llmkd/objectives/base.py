@@ -32,7 +32,7 @@ class Objective(nn.Module, ABC):
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Loss:
         """Return `{"total": scalar, "<metric>": scalar, ...}`, all sums over the batch's supervised items."""
 
-    def after_step(self, progress: float, means: dict[str, float]) -> None:  # noqa: B027
+    def after_step(self, progress: float, means: dict[str, float]) -> None:
         """Called once an optimizer step, in training only, with progress in [0, 1] and globally reduced means."""
 
 

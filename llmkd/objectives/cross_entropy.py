@@ -10,21 +10,16 @@ from llmkd.rows import Term
 from llmkd.types import Batch, Outputs, row_labels
 
 
-def _nll_grad(log_t: Tensor | None, log_s: Tensor, label: Tensor) -> Tensor:
+def _nll(log_t: Tensor | None, log_s: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    index = label.unsqueeze(-1)
     slope = log_s.exp()
-    slope[range_of(label), label] -= 1.0
-    return slope
+    return nll(log_t, log_s, label), slope.scatter_add_(-1, index, slope.new_full(index.shape, -1.0))
 
 
-@with_grad(_nll_grad)
+@with_grad(_nll)
 def nll(log_t: Tensor | None, log_s: Tensor, label: Tensor) -> Tensor:
     """-log q(y), [n] nats; the teacher's rows are not read."""
     return -log_s.gather(-1, label.unsqueeze(-1)).squeeze(-1)
-
-
-def range_of(label: Tensor) -> Tensor:
-    """0 .. n-1 on the label's device."""
-    return label.new_ones(label.shape).cumsum(0) - 1
 
 
 class CrossEntropy(RowObjective):
