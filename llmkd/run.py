@@ -185,13 +185,14 @@ def _speed(trainer: DistillTrainer) -> dict[str, float | None]:
         return none
     batch = trainer._prepare_inputs(next(iter(trainer.get_eval_dataloader())))
     models = {"student": trainer.distiller.student, "teacher": getattr(trainer.teacher, "model", None)}
-    return {name: forward_speed(model, batch) if model is not None else None for name, model in models.items()}
+    with trainer.accelerator.autocast():
+        return {name: forward_speed(model, batch) if model is not None else None for name, model in models.items()}
 
 
 @torch.no_grad()
 def forward_speed(model: Any, batch: Mapping[str, torch.Tensor], repeats: int = 3) -> float:
-    """Tokens a second of the model's own forward pass with all logits, on up to 4 rows; the best of `repeats`."""
-    inputs = {name: batch[name][:4] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    """Tokens a second of the model's own forward pass with all logits, on up to 8 rows; the best of `repeats`."""
+    inputs = {name: batch[name][:8] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
     tokens = int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else inputs["input_ids"].numel()
     model.eval()
     best = float("inf")

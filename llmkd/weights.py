@@ -176,5 +176,5 @@ def _loading(source: Source, load: Any, **kwargs: Any) -> Any:
     except (OSError, ValueError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"path: could not load '{source.path}': {first.rstrip(".")}. Check the name, the network or HF_TOKEN, or give a local folder."
+            f"path: could not load '{source.path}': {first.rstrip('.')}. Check the name, the network or HF_TOKEN, or give a local folder."
         ) from error

@@ -1,0 +1,86 @@
+"""The generated parts of the documentation: README's method table and numbers, and the list of recipes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import yaml
+
+from llmkd.catalog import markdown
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def docs() -> None:
+    """Write README.md's generated blocks and recipes/README.md again from the code, the recipes and the results."""
+    for file, text in pages().items():
+        file.write_text(text)
+
+
+def pages() -> dict[Path, str]:
+    """Every generated page as it should be; a test compares it with what stands."""
+    readme = ROOT / "README.md"
+    text = block(block(readme.read_text(), "methods", markdown()), "quickstart", quickstart_numbers())
+    return {readme: text, ROOT / "recipes" / "README.md": recipe_list()}
+
+
+def block(page: str, name: str, content: str) -> str:
+    """The page with what stands between `<!-- name -->` and `<!-- /name -->` replaced."""
+    before, start, rest = page.partition(f"<!-- {name} -->")
+    _, end, after = rest.partition(f"<!-- /{name} -->")
+    if not start or not end:
+        raise ValueError(f"the page has no block '{name}'; expected <!-- {name} --> and <!-- /{name} -->")
+    return f"{before}{start}\n{content}\n{end}{after}"
+
+
+def quickstart_numbers() -> str:
+    """Student and control of quickstart.json as a Markdown table."""
+    result = json.loads((RESULTS / "quickstart.json").read_text())
+    distilled, control = result["distilled"], result["control"]
+    columns = {
+        "start": distilled["before"],
+        "forward KL + 0.1 CE": distilled["after"],
+        "control: CE alone": control["after"],
+        "teacher": distilled["teacher"],
+    }
+    rows = (
+        ("KL to teacher, nats", "kl", "{:.3f}"),
+        ("top-1 agreement", "top1_agreement", "{:.1%}"),
+        ("perplexity", "perplexity", "{:,.1f}"),
+        ("bits per byte", "bits_per_byte", "{:.3f}"),
+    )
+    lines = [f"| held-out text | {' | '.join(columns)} |", "|---|" + "--:|" * len(columns)]
+    for label, key, form in rows:
+        cells = " | ".join(form.format(column[key]) for column in columns.values())
+        lines.append(f"| {label} | {cells} |")
+    wall = distilled["process"]
+    lines += [
+        "",
+        f"The control (`recipes/quickstart_ce.yaml`) has the same start, data, order and steps, and no teacher in its loss. "
+        f"The whole command took {wall['wall_seconds'] / 60:.1f} minutes and {wall['peak_memory_mb'] / 1000:.1f} GB on "
+        f"{result['device']}, one seed; every number is in [quickstart.json](benchmarks/results/quickstart.json) and comes "
+        "again from `python -m benchmarks quickstart`.",
+    ]
+    return "\n".join(lines)
+
+
+def recipe_list() -> str:
+    """recipes/README.md: a line a recipe, from the comment that it begins with."""
+    lines = [
+        "# Recipes",
+        "",
+        "Run one with `llmkd train recipes/NAME.yaml`; try it with `--dry-run` or `--smoke` first.",
+        "",
+        "| recipe | what it does | extends |",
+        "|---|---|---|",
+    ]
+    folder = ROOT / "recipes"
+    for file in sorted([*folder.glob("*.yaml"), *folder.glob("base/*.yaml")]):
+        text = file.read_text()
+        about = text.splitlines()[0].removeprefix("# ")
+        parent = yaml.safe_load(text).get("extends", "")
+        lines.append(f"| `{file.relative_to(folder)}` | {about} | {f'`{parent}`' if parent else ''} |")
+    lines += ["", "`accelerate/` has launch configurations: DDP, FSDP2, ZeRO-2 and ZeRO-3.", ""]
+    return "\n".join(lines)
