@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ else:
 
 MARK = "complete"
 OBJECTIVE_FILE = "objective.safetensors"
+STEP_STATE_FILE = "objective_steps.json"
 
 
 def complete_checkpoints(folder: str | Path) -> list[Path]:
@@ -58,6 +60,8 @@ class Checkpoints(Base):
             self.distiller.student = student.merge_and_unload()  # type: ignore[operator]
         with saving(folder):
             self.save_model(folder, _internal_call=True)
+        if self.args.should_save:
+            Path(folder, OBJECTIVE_FILE).unlink(missing_ok=True)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save, mark as complete, and only then drop older checkpoints: a kill at any moment leaves one to resume from."""
@@ -75,6 +79,7 @@ class Checkpoints(Base):
         if dist.is_available() and dist.is_initialized():
             dist.barrier()
         if self.args.should_save:
+            (folder / STEP_STATE_FILE).write_text(json.dumps(self.distiller.objective.step_state()))
             _mark(folder)
             best = self.state.best_model_checkpoint
             rotate_checkpoints(str(folder.parent), save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
@@ -113,6 +118,12 @@ class Checkpoints(Base):
         own = os.path.join(resume_from_checkpoint, OBJECTIVE_FILE)
         if os.path.isfile(own):
             self.distiller.objective.load_state_dict(safetensors.torch.load_file(own))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """With them, under every framework, what the objective moves at each step."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.distiller.objective.load_step_state(json.loads(Path(checkpoint, STEP_STATE_FILE).read_text()))
 
     def _load_best_model(self) -> None:
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:

@@ -26,7 +26,9 @@ class Term:
     """One row-wise loss: scale * sum_i weights[i] * fn(log_t, log_s, *per_row)[i], at one temperature.
 
     `fn` is a divergence or any function of two rows and further per-row values; `weights=None` counts every row once;
-    `needs_teacher=False` passes None for log_t and never projects the teacher's rows for it.
+    `scale=0` only measures. `needs_teacher=False` passes None for log_t and never projects the teacher's rows for it.
+    `label` [n], token ids, reaches `fn` and `policy` as the index of the label's event (the tail's, if it is not among a
+    teacher's top-k), ahead of `per_row`. `policy(log_t, log_s, *label) -> [n]` is a further weight without a gradient.
     """
 
     fn: Callable[..., Tensor]
@@ -35,6 +37,8 @@ class Term:
     per_row: tuple[Tensor, ...] = ()
     temperature: float = 1.0
     needs_teacher: bool = True
+    label: Tensor | None = None
+    policy: Callable[..., Tensor] | None = None
 
 
 class FusedSum(torch.autograd.Function):
@@ -108,15 +112,20 @@ class _Tally:
         dtype = torch.promote_types(like.dtype, torch.float32)
         self.total = torch.zeros((), dtype=dtype, device=like.device)
         self.sums = torch.zeros(len(terms), dtype=dtype, device=like.device)
-        coarse = isinstance(teacher, TopKRows)
-        closed = [None if coarse and term.needs_teacher else closed_form(term.fn) for term in terms]
-        self.closed = closed if need_logits else [None] * len(terms)
-        self.traced = [form is None and (need_logits or bool(trained)) for form in self.closed]
+        self.closed = [self._closed_form(term) if need_logits else None for term in terms]
+        learns = need_logits or bool(trained)
+        pairs = zip(terms, self.closed, strict=True)
+        self.traced = [learns and form is None and term.scale != 0 for term, form in pairs]
+
+    def _closed_form(self, term: Term) -> Any:
+        """The term's closed form, where the events are the student's own V columns."""
+        coarse = isinstance(self.teacher, TopKRows) and term.needs_teacher
+        return None if coarse or term.scale == 0 else closed_form(term.fn)
 
     def chunk(self, logits: Tensor, rows: slice, student: DenseRows | HeadRows) -> Tensor:
         """Add up one chunk [m, V]; returns d total / d (head output), in place of the logits where there is room."""
         teacher = None if self.teacher is None else self.teacher.block(rows)
-        out = logits if logits._base is None and self.need_logits else torch.empty_like(logits)
+        out = logits if isinstance(student, HeadRows) else torch.empty_like(logits)
         for tile in _tiles(logits):
             slope = self.tile(logits[tile], teacher, tile, slice(rows.start + tile.start, rows.start + tile.stop))
             if self.need_logits:
@@ -131,23 +140,26 @@ class _Tally:
         pairs = _Pairs(leaf, teacher, tile)
         slopes, sums, total = [], [], torch.zeros_like(self.total)
         for term, closed, traced in zip(self.terms, self.closed, self.traced, strict=True):
-            extra = tuple(values[rows] for values in term.per_row)
             slope = None
             with torch.set_grad_enabled(traced):
                 log_t, log_s = pairs.at(term)
+                event = () if term.label is None else (pairs.event(term, rows),)
+                extra = (*event, *(values[rows] for values in term.per_row))
+                weights = _weights(term, rows, log_t, log_s, event)
                 if closed is not None:
                     values, slope = closed(log_t, log_s, *extra)
-                    slope = _scale(slope, term, rows)
                 else:
                     values = term.fn(log_t, log_s, *extra)
-                weighted = _weigh(values, term, rows)
-            if traced and weighted.requires_grad:
+                weighted = _weigh(values, weights) * term.scale
+            if slope is not None:
+                slope = _scale(slope, term.scale / term.temperature, weights)
+            elif weighted.requires_grad:
                 slope = self._trace_back(weighted, leaf)
-            if slope is not None and term.weights is not None:
-                slope = slope.masked_fill((term.weights[rows] == 0).unsqueeze(-1), 0.0)
+            if slope is not None and weights is not None:
+                slope = slope.masked_fill((weights == 0).unsqueeze(-1), 0.0)
             slopes.append(slope)
             sums.append(values.detach().sum())
-            total = total + weighted.detach()
+            total = total + weighted.detach() if term.scale else total
         self.sums += torch.stack(sums)
         self.total += total
         return _sum(slopes)
@@ -171,19 +183,25 @@ def _tiles(logits: Tensor) -> Iterator[slice]:
     return (slice(start, min(start + size, rows)) for start in range(0, max(rows, 1), size))
 
 
-def _weigh(values: Tensor, term: Term, rows: slice) -> Tensor:
-    """scale * sum_i weights[i] * values[i]; a row of weight 0 may be infinite."""
-    if term.weights is None:
-        return values.sum() * term.scale
-    weights = term.weights[rows].to(values.dtype)
-    return (torch.where(weights == 0, 0.0, values) * weights).sum() * term.scale
+def _weights(term: Term, rows: slice, log_t: Tensor | None, log_s: Tensor, event: tuple[Tensor, ...]) -> Tensor | None:
+    """The tile's row weights, the policy's included; None if every row counts once."""
+    weights = None if term.weights is None else term.weights[rows].to(log_s.dtype)
+    if term.policy is not None:
+        with torch.no_grad():
+            chosen = term.policy(log_t, log_s, *event)
+        weights = chosen if weights is None else weights * chosen
+    return weights
 
 
-def _scale(slope: Tensor, term: Term, rows: slice) -> Tensor:
+def _weigh(values: Tensor, weights: Tensor | None) -> Tensor:
+    """sum_i weights[i] * values[i]; a row of weight 0 may be infinite."""
+    return values.sum() if weights is None else (torch.where(weights == 0, 0.0, values) * weights).sum()
+
+
+def _scale(slope: Tensor, factor: float, weights: Tensor | None) -> Tensor:
     """d term / d logits from the closed form, which is that of one unweighted row at temperature 1."""
-    factor = term.scale / term.temperature
-    if term.weights is not None:
-        return slope.mul_((term.weights[rows].to(slope.dtype) * factor).unsqueeze(-1))
+    if weights is not None:
+        return slope.mul_((weights * factor).unsqueeze(-1))
     return slope if factor == 1.0 else slope.mul_(factor)
 
 
@@ -213,3 +231,9 @@ class _Pairs:
         if key not in self.both:
             self.both[key] = self.teacher.align(self.tile, self.student[key], term.temperature)
         return self.both[key]
+
+    def event(self, term: Term, rows: slice) -> Tensor:
+        """The index of each row's label among the events."""
+        label = term.label[rows]  # type: ignore[index]
+        coarse = isinstance(self.teacher, TopKRows) and term.needs_teacher
+        return self.teacher.find(self.tile, label) if coarse else label  # type: ignore[union-attr]

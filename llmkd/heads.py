@@ -178,6 +178,11 @@ class TopKRows:
             log_t = torch.cat([log_t, log_tail(log_t)], dim=-1)
         return log_t, coarsen(log_s, ids)
 
+    def find(self, rows: slice, label: Tensor) -> Tensor:
+        """The event [m] of each label: its place among the K ids, or K, the tail."""
+        found = self.ids[rows] == label.unsqueeze(-1)
+        return torch.where(found.any(-1), found.int().argmax(-1), found.shape[-1])
+
 
 @dataclass(frozen=True)
 class _Head:

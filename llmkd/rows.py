@@ -71,7 +71,7 @@ def reduce(
         term, [len(terms)].
     """
     for term in terms:
-        _same_length(len(student), teacher, term.weights, *term.per_row)
+        _same_length(len(student), teacher, term.weights, term.label, *term.per_row)
     if teacher is not None:
         teacher = teacher.using([t.detach() for t in teacher.tensors()])
     chunks = chunk_slices(student, budget_mb, chunk_rows, tiled=True)

@@ -143,6 +143,7 @@ class DistillTrainer(Checkpoints, Trainer):
             totals = self._train_meter.totals()
             tokens, now = totals.pop("tokens", 0.0), time.perf_counter()
             logs.update(_means(totals), tokens_per_second=round(tokens / max(now - self._last_log, 1e-9), 1))
+            logs.update(self.distiller.objective.logs())
         self._last_log = time.perf_counter()
         super().log(logs, start_time)
 
@@ -176,7 +177,7 @@ class DistillTrainer(Checkpoints, Trainer):
     ) -> EvalLoopOutput:
         """The objective and `agreement.measure` on fixed data: token-weighted over all ranks, deterministic."""
         meter, samples = Meter(), 0
-        with self._eval_model() as model:
+        with self._eval_model() as model, torch.random.fork_rng(devices=[]):  # a data loader draws a seed
             model.eval()
             for batch in dataloader:
                 batch = self._prepare_inputs(batch)
@@ -212,7 +213,9 @@ class DistillTrainer(Checkpoints, Trainer):
             with inferring(self.model, dtype, self.args.world_size) as engine:
                 yield engine
         elif self.is_fsdp_enabled:
-            yield self.accelerator.prepare(self.model)
+            if not self.accelerator._models:
+                raise ConfigError("evaluate: FSDP shards the model when training starts. Call train first, or set train.eval_on_start.")
+            yield self.model
         else:
             yield self.model.to(self.args.device)
 

@@ -69,13 +69,16 @@ class Collator:
         return out
 
 
-def pad_with_unsupervised(dataset: Dataset, multiple: int) -> Dataset:
+def pad_with_unsupervised(dataset: Any, multiple: int) -> Any:
     """Append copies of the first sample with all labels -100, until the length is a multiple of `multiple`.
 
-    Every rank then has equally many evaluation batches, and no supervised token counts twice.
+    Every rank then has equally many evaluation batches, and no supervised token counts twice. Takes a Dataset, or
+    anything with a length and rows by number.
     """
     missing = -len(dataset) % multiple
     if missing == 0 or len(dataset) == 0:
         return dataset
     filler = {**dataset[0], "labels": [IGNORE] * len(dataset[0]["labels"])}
+    if not isinstance(dataset, Dataset):
+        return [*(dataset[i] for i in range(len(dataset))), *([filler] * missing)]
     return concatenate_datasets([dataset, Dataset.from_list([filler] * missing, features=dataset.features)])

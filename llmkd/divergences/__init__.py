@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from llmkd.divergences.jsd import jsd
 from llmkd.divergences.kl import forward_kl, reverse_kl
 from llmkd.divergences.skew import skew_kl, skew_reverse_kl
+from llmkd.divergences.taid import TAID
 from llmkd.divergences.tvd import tvd
 from llmkd.errors import unknown_name
 
@@ -28,6 +29,7 @@ DIVERGENCES: dict[str, Divergence] = {
     "skew_kl": skew_kl,
     "skew_reverse_kl": skew_reverse_kl,
     "tvd": tvd,
+    "taid": TAID,
 }
 
 
@@ -46,5 +48,5 @@ def name_of(fn: Divergence) -> str:
     return type(fn).__name__.lower() if isinstance(fn, nn.Module) else getattr(fn, "__name__", "divergence")
 
 
-__all__ = ["DIVERGENCES", "Divergence", "divergence", "forward_kl", "jsd", "name_of", "reverse_kl", "skew_kl",
+__all__ = ["DIVERGENCES", "TAID", "Divergence", "divergence", "forward_kl", "jsd", "name_of", "reverse_kl", "skew_kl",
            "skew_reverse_kl", "tvd"]  # fmt: skip

@@ -18,10 +18,11 @@ LOG_ZERO = math.log(torch.finfo(torch.float32).tiny)
 
 def log_ratio(log_a: Tensor, log_b: Tensor) -> Tensor:
     """log a - log b, where -inf counts as LOG_ZERO."""
-    return _finite(log_a) - _finite(log_b)
+    return finite_log(log_a) - finite_log(log_b)
 
 
-def _finite(log_p: Tensor) -> Tensor:
+def finite_log(log_p: Tensor) -> Tensor:
+    """log p with -inf replaced by LOG_ZERO."""
     return torch.nan_to_num(log_p, nan=math.nan, neginf=LOG_ZERO)
 
 

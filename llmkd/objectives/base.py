@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from llmkd.errors import ConfigError
 from llmkd.rows import Term, reduce
@@ -39,18 +39,13 @@ class Objective(nn.Module, ABC):
 class RowObjective(Objective, ABC):
     """An objective that sums a function of each supervised row: it shares one projection with its like in a `Mix`."""
 
-    @property
     @abstractmethod
-    def label(self) -> str:
-        """What the metric is called."""
-
-    @abstractmethod
-    def term(self, student: Outputs, batch: Batch) -> Term:
-        """The row-wise loss, for `rows.reduce`."""
+    def terms(self, student: Outputs, batch: Batch) -> dict[str, Term]:
+        """The row-wise losses, for `rows.reduce`, by the name of their metric; those of scale 0 are only measured."""
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Loss:
-        """The sum of the term over the rows."""
-        return _reduced([self], [1.0], student, teacher, batch)
+        """The sum of the terms over the rows."""
+        return _reduced([(self, 1.0)], student, teacher, batch)
 
 
 class Mix(Objective):
@@ -80,10 +75,7 @@ class Mix(Objective):
         """The weighted total and every part's own, unweighted metrics."""
         pairs = list(zip(self.parts, self.weights, strict=True))
         rowwise = [(part, weight) for part, weight in pairs if isinstance(part, RowObjective)]
-        losses: list[tuple[Loss, float]] = []
-        if rowwise:
-            parts, weights = zip(*rowwise, strict=True)
-            losses.append((_reduced(parts, weights, student, teacher, batch), 1.0))
+        losses = [(_reduced(rowwise, student, teacher, batch), 1.0)] if rowwise else []
         losses += [(part(student, teacher, batch), w) for part, w in pairs if not isinstance(part, RowObjective)]
         out: Loss = {"total": torch.stack([loss["total"] * weight for loss, weight in losses]).sum()}
         for loss, _ in losses:
@@ -92,28 +84,45 @@ class Mix(Objective):
                     out[_unique(name, out)] = value
         return out
 
-    def after_step(self, progress: float, means: dict[str, float]) -> None:
+    def after_step(self, progress: float, means: Mapping[str, float]) -> None:
         """Hand the step on to every part."""
-        for part in self.parts:
-            part.after_step(progress, means)  # type: ignore[operator]
+        for part in self._objectives():
+            part.after_step(progress, means)
+
+    def step_state(self) -> dict[str, float]:
+        """The parts' states, each name behind its part's number."""
+        parts = enumerate(self._objectives())
+        return {f"{i}.{name}": value for i, part in parts for name, value in part.step_state().items()}
+
+    def load_step_state(self, state: Mapping[str, float]) -> None:
+        """Give every part its own back."""
+        for i, part in enumerate(self._objectives()):
+            prefix = f"{i}."
+            part.load_step_state({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+
+    def logs(self) -> dict[str, float]:
+        """The parts' logs."""
+        return {name: value for part in self._objectives() for name, value in part.logs().items()}
+
+    def _objectives(self) -> Sequence[Objective]:
+        return list(self.parts)  # type: ignore[arg-type]
 
 
 def _reduced(
-    parts: Sequence[RowObjective], weights: Sequence[float], student: Outputs, teacher: Outputs | None, batch: Batch
+    parts: Sequence[tuple[RowObjective, float]], student: Outputs, teacher: Outputs | None, batch: Batch
 ) -> Loss:
-    terms = [part.term(student, batch) for part in parts]
-    if any(term.needs_teacher for term in terms) and (teacher is None or teacher.rows is None):
+    terms: dict[str, Term] = {}
+    for part, weight in parts:
+        for name, term in part.terms(student, batch).items():
+            terms[_unique(name, terms)] = replace(term, scale=term.scale * weight)
+    rows = teacher.rows if teacher is not None and any(term.needs_teacher for term in terms.values()) else None
+    if rows is None and any(term.needs_teacher for term in terms.values()):
         raise ConfigError("objective: it needs a teacher's logits, got none; give a teacher or use cross_entropy alone.")
-    terms = [replace(term, scale=term.scale * w) for term, w in zip(terms, weights, strict=True)]
-    rows = teacher.rows if teacher is not None and any(term.needs_teacher for term in terms) else None
-    total, sums = reduce(terms, student.rows, rows)  # type: ignore[arg-type]
-    out: Loss = {"total": total}
-    for part, value in zip(parts, sums, strict=True):
-        out[_unique(part.label, out)] = value
-    return out
+    total, sums = reduce(list(terms.values()), student.rows, rows)  # type: ignore[arg-type]
+    return {"total": total, **dict(zip(terms, sums, strict=True))}
 
 
-def _unique(name: str, taken: dict[str, Tensor]) -> str:
+def _unique(name: str, taken: Mapping[str, object]) -> str:
     number = 2
     unique = name
     while unique in taken:

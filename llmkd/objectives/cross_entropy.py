@@ -32,11 +32,6 @@ class CrossEntropy(RowObjective):
     Fidelity: checked against torch's cross_entropy.
     """
 
-    @property
-    def label(self) -> str:
-        """`cross_entropy`."""
-        return "cross_entropy"
-
-    def term(self, student: Outputs, batch: Batch) -> Term:
+    def terms(self, student: Outputs, batch: Batch) -> dict[str, Term]:
         """The negative log-likelihood of every supervised row's label."""
-        return Term(nll, per_row=(row_labels(batch),), needs_teacher=False)
+        return {"cross_entropy": Term(nll, label=row_labels(batch), needs_teacher=False)}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 
 from llmkd.divergences import Divergence, divergence, name_of
+from llmkd.divergences.stateful import StepDivergence
 from llmkd.errors import ConfigError
 from llmkd.objectives.base import RowObjective
 from llmkd.rows import Term
@@ -39,16 +42,37 @@ class TokenDistill(RowObjective):
             raise ConfigError(f"temperature: got {temperature}; expected a number above 0, such as 1.0.")
         self.fn = _named(divergence) if isinstance(divergence, str) else divergence
         self.temperature = temperature
+        self.watches_steps = self._moving is not None
         self.scale = temperature**2 if scale_by_t2 else 1.0
 
-    @property
-    def label(self) -> str:
-        """The divergence's name."""
-        return name_of(self.fn)
-
-    def term(self, student: Outputs, batch: Batch) -> Term:
+    def terms(self, student: Outputs, batch: Batch) -> dict[str, Term]:
         """The divergence of every supervised row."""
-        return Term(self.fn, self.scale, temperature=self.temperature)
+        terms = {name_of(self.fn): Term(self.fn, self.scale, temperature=self.temperature)}
+        for name, measure in self._moving.measures().items() if self._moving else ():
+            terms[name] = Term(measure, scale=0.0, temperature=self.temperature)
+        return terms
+
+    @property
+    def _moving(self) -> StepDivergence | None:
+        return self.fn if isinstance(self.fn, StepDivergence) else None
+
+    def after_step(self, progress: float, means: Mapping[str, float]) -> None:
+        """Let the divergence move, if it does."""
+        if self._moving:
+            self._moving.after_step(progress, means)
+
+    def step_state(self) -> dict[str, float]:
+        """The divergence's state."""
+        return self._moving.step_state() if self._moving else {}
+
+    def load_step_state(self, state: Mapping[str, float]) -> None:
+        """Give the divergence its state back."""
+        if self._moving:
+            self._moving.load_step_state(state)
+
+    def logs(self) -> dict[str, float]:
+        """The divergence's logs."""
+        return self._moving.logs() if self._moving else {}
 
 
 def _named(name: str) -> Divergence | nn.Module:

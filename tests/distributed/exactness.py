@@ -22,7 +22,7 @@ from llmkd.types import Batch, Loss, Outputs, Signal, supervised_rows
 
 STEPS, BATCH, RESUME_AT = 5, 8, 2
 STUDENT_SIZE, TEACHER_SIZE = 32, 48
-EXPORT, WEIGHTS, REPORT = "student", "weights.safetensors", "report.json"
+EXPORT, MERGED, WEIGHTS, REPORT = "student", "merged", "weights.safetensors", "report.json"
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Case:
     name: str
     tied: bool = False
     projector: bool = False
+    learned: bool = False
     lora: bool = False
     empty: bool = False
     adamw: bool = False
@@ -42,12 +43,13 @@ class Case:
 
 
 CASES = (
-    Case("projector", projector=True, accumulation=2, evaluate=True, resume=True),
+    Case("projector", projector=True, accumulation=2, evaluate=True),
     Case("tied_clipped", tied=True, projector=True, max_grad_norm=0.5),
-    Case("adamw", projector=True, adamw=True, max_grad_norm=0.5, accumulation=2),
+    Case("adamw", projector=True, adamw=True, max_grad_norm=0.5, accumulation=2, resume=True),
     Case("empty_rank", empty=True, projector=True),
     Case("empty_rank_tied", empty=True, tied=True, accumulation=2),
-    Case("lora", lora=True, tied=True, accumulation=2),
+    Case("learned", learned=True, accumulation=2),
+    Case("lora", lora=True, tied=True, adamw=True, accumulation=2, resume=True),
 )
 
 
@@ -61,7 +63,7 @@ class Temper(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.power = nn.Parameter(torch.tensor(0.5))
+        self.power = nn.Parameter(torch.tensor([0.5]))  # FSDP2 and ZeRO-3 cannot shard a scalar
 
     def forward(self, log_t: Tensor, log_s: Tensor) -> Tensor:
         """[n, k], [n, k] -> [n] nats."""
@@ -88,7 +90,7 @@ class Projected(Objective):
 
 
 def tokens() -> Mix:
-    """A divergence with a closed-form gradient, one without, and one with a parameter."""
+    """A divergence with a closed-form gradient, and one without."""
     return Mix([TokenDistill("forward_kl"), TokenDistill(plain_reverse_kl, temperature=2.0)], weights=[1.0, 0.5])
 
 
@@ -155,7 +157,7 @@ def trainer(case: Case, models: Path, output: Path, collate: dict[str, Any] | No
     return DistillTrainer(
         model=_load(models / ("tied" if case.tied else "untied")),
         teacher=_load(models / "teacher"),
-        objective=Projected() if case.projector else tokens(),
+        objective=TokenDistill(Temper()) if case.learned else Projected() if case.projector else tokens(),
         args=args,
         train_dataset=train_rows(case),
         eval_dataset=Dataset.from_list(rows(11, seed=2)),
@@ -176,7 +178,7 @@ def run(case: Case, models: Path, output: Path, collate: dict[str, Any] | None =
     saving = {"save_strategy": "steps", "save_steps": RESUME_AT} if case.resume else {}
     made = trainer(case, models, output / "run", collate, **saving, **train)
     report: dict[str, Any] = {"framework": framework(made)}
-    if case.evaluate:
+    if case.evaluate and not made.is_fsdp_enabled:
         report["before"] = evaluation(made)
     made.train()
     report["steps"] = history(made)
@@ -184,6 +186,8 @@ def run(case: Case, models: Path, output: Path, collate: dict[str, Any] | None =
         report["after"] = evaluation(made)
     write_weights(made, output / WEIGHTS)
     made.save_student(str(output / EXPORT))
+    if case.lora:
+        made.save_student(str(output / MERGED), merge=True)
     if made.args.should_save:
         (output / REPORT).write_text(json.dumps(report))
 
