@@ -56,7 +56,6 @@ class Distiller(nn.Module):
         student = read(self.student, batch, self.objective.needs, self.vocab_size)
         for user in (self.objective, self.agreement):
             announce(user, student.rows.parameters())  # type: ignore[union-attr]
-        announce(self.objective, self.objective.parameters())  # a divergence's own are used outside its forward
         loss = dict(self.objective(student, teacher, batch))
         if not self.training:
             loss.update(self.agreement(student, teacher, batch))

@@ -29,7 +29,7 @@ from llmkd.teachers.base import Teacher
 from llmkd.types import Outputs, Signal
 from llmkd.versions import peak_memory_mb
 from llmkd.vocabulary import common_columns
-from llmkd.zero3 import inferring
+from llmkd.zero3 import gather_as_one, inferring
 
 
 class DistillTrainer(Checkpoints, Trainer):
@@ -91,6 +91,8 @@ class DistillTrainer(Checkpoints, Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if self.is_deepspeed_enabled:
+            gather_as_one(objective)
         if hasattr(self.teacher, "prepare"):
             self.teacher.prepare(self.accelerator)  # type: ignore[union-attr]
         if getattr(self.data_collator, "packing", False):

@@ -53,6 +53,13 @@ def announce(module: nn.Module, parameters: Iterable[Tensor]) -> None:
             deepspeed.zero.register_external_parameter(module, parameter)
 
 
+def gather_as_one(module: nn.Module) -> None:
+    """Have ZeRO-3 gather a module's parameters around its own forward, not its parts', of which each rank may run more or less."""
+    from deepspeed.utils import set_z3_leaf_module
+
+    set_z3_leaf_module(module, True)
+
+
 def inference_engine(module: nn.Module, dtype: torch.dtype, world_size: int) -> nn.Module:
     """Shard a frozen module with a ZeRO-3 config of its own, in its own dtype, without an optimizer."""
     import deepspeed
