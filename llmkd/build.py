@@ -87,7 +87,7 @@ def peft(block: Mapping[str, Any] | None) -> Any:
     return recipes.build("peft", {"name": "lora", "task_type": "CAUSAL_LM", **options}, {"peft": {"lora": LoraConfig}})
 
 
-def _spec(spec: Any, default: str) -> dict[str, Any] | None:
+def _spec(spec: Any, default: str) -> Any:
     """A string is a path; a mapping without a name is the default entry."""
     if spec is None:
         return None

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
+from llmkd.adapters.causal_lm import unwrap
 from llmkd.disk import need_space, saving
-from llmkd.zero3 import size
+from llmkd.zero3 import gathered, size
 
 if TYPE_CHECKING:
     from llmkd.distiller import Distiller
@@ -43,7 +44,7 @@ class Checkpoints(Base):
 
     def last_checkpoint(self) -> str | None:
         """The newest complete checkpoint of this run, or None."""
-        found = complete_checkpoints(self.args.output_dir)
+        found = complete_checkpoints(str(self.args.output_dir))
         return str(found[-1]) if found else None
 
     def save_student(self, folder: str, merge: bool = False) -> None:
@@ -57,7 +58,8 @@ class Checkpoints(Base):
         """
         student = self.distiller.student
         if merge and isinstance(student, PeftModel):
-            self.distiller.student = student.merge_and_unload()  # type: ignore[operator]
+            with gathered(student.parameters(), write=True):
+                self.distiller.student = student.merge_and_unload()  # type: ignore[operator]
         with saving(folder):
             self.save_model(folder, _internal_call=True)
         if self.args.should_save:
@@ -67,7 +69,7 @@ class Checkpoints(Base):
         """Save, mark as complete, and only then drop older checkpoints: a kill at any moment leaves one to resume from."""
         self.stop_unless_finite()  # type: ignore[attr-defined]
         limit, self.args.save_total_limit = self.args.save_total_limit, None
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             need_space(folder, self._checkpoint_bytes())
             (folder / MARK).unlink(missing_ok=True)
@@ -94,12 +96,15 @@ class Checkpoints(Base):
         """Only the student goes into the model's files; the objective's parameters get a file of their own."""
         if not self.args.should_save:
             return
-        folder = output_dir or self.args.output_dir
+        folder = str(output_dir or self.args.output_dir)
         os.makedirs(folder, exist_ok=True)
         state = self.distiller.state_dict() if state_dict is None else state_dict
+        tied = unwrap(self.distiller.student).all_tied_weights_keys  # sharded state comes with a copy of the head
         student = {name.removeprefix("student."): t for name, t in state.items() if name.startswith("student.")}
+        student = {name: tensor for name, tensor in student.items() if name not in tied}
         self.distiller.student.save_pretrained(folder, state_dict=student)  # type: ignore[operator]
-        own = {name.removeprefix("objective."): t.contiguous() for name, t in state.items() if name.startswith("objective.")}
+        ours = ((name.removeprefix("objective."), t) for name, t in state.items() if name.startswith("objective."))
+        own = {name: tensor.contiguous() for name, tensor in ours}
         if own:
             safetensors.torch.save_file(own, os.path.join(folder, OBJECTIVE_FILE))
         if self.processing_class is not None:

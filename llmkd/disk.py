@@ -11,6 +11,7 @@ from pathlib import Path
 from llmkd.errors import TrainingError
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+PHRASES = ("no space left", "os error 28", "file too large", "os error 27", "failed writing file", "unexpected pos")
 
 
 def need_space(folder: str | Path, size: int) -> None:
@@ -33,7 +34,7 @@ def saving(folder: str | Path) -> Iterator[None]:
         yield
     except Exception as error:
         text = str(error).lower()
-        if getattr(error, "errno", None) in FULL or any(word in text for word in ("no space left", "os error 28", "file too large", "os error 27", "failed writing file", "unexpected pos")):  # fmt: skip
+        if getattr(error, "errno", None) in FULL or any(phrase in text for phrase in PHRASES):
             raise TrainingError(
                 f"disk: writing {folder} failed ({str(error).strip().splitlines()[0]}). Free some space there, then run again "
                 "with --resume: earlier checkpoints are whole."

@@ -12,10 +12,10 @@ from torch import Tensor
 
 
 def start_processes(train: Mapping[str, Any]) -> dict[str, Any]:
-    """What TrainingArguments needs where there is no accelerator; joins a launcher's process group over gloo for DeepSpeed.
+    """What TrainingArguments needs where there is no accelerator; for DeepSpeed, joins the launcher over gloo.
 
-    On a CPU accelerate finds gloo if it is told `use_cpu`, which turns DeepSpeed off, silently. For DeepSpeed the state is
-    therefore made first, and `use_configured_state` keeps it. Call it before TrainingArguments are made.
+    On a CPU accelerate finds gloo if it is told `use_cpu`, which turns DeepSpeed off, silently. For DeepSpeed the state
+    is therefore made first, and `use_configured_state` keeps it. Call it before TrainingArguments are made.
 
     Args:
         train: the TrainingArguments asked for.

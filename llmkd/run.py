@@ -46,7 +46,7 @@ def claim(folder: Path, config: Mapping[str, Any], resume: bool) -> None:
     file = folder / "config.yaml"
     if not file.exists():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ConfigError(f"train.output_dir: '{folder}' is not empty and no run of llmkd; expected a new folder. Set another.")
+            raise ConfigError(f"train.output_dir: '{folder}' is not empty and no run; expected a new folder. Set another.")
         return
     if not resume:
         raise ConfigError(
@@ -127,7 +127,9 @@ def _begin(folder: Path, config: Mapping[str, Any]) -> None:
         _write(folder / "config.yaml", recipes.dump(config))
 
 
-def _finish(trainer: DistillTrainer, config: Mapping[str, Any], folder: Path, seconds: float, report: dict[str, int]) -> dict[str, Any]:
+def _finish(
+    trainer: DistillTrainer, config: Mapping[str, Any], folder: Path, seconds: float, report: dict[str, int]
+) -> dict[str, Any]:
     """Final evaluation, export and metrics; metrics.json comes last, so that its `after` means all is there."""
     final = trainer.evaluate() if trainer.eval_dataset is not None else {}
     start = next((entry for entry in trainer.state.log_history if entry.get("step") == 0 and "eval_loss" in entry), {})

@@ -25,11 +25,13 @@ from llmkd.distributed import min_over_ranks
 from llmkd.errors import ConfigError, TrainingError
 from llmkd.meters import Meter
 from llmkd.objectives.base import Objective
-from llmkd.teachers.base import Teacher
+from llmkd.students import as_student
+from llmkd.teachers import Teacher, as_teacher
 from llmkd.types import Outputs, Signal
 from llmkd.versions import peak_memory_mb
 from llmkd.vocabulary import common_columns
-from llmkd.zero3 import gather_as_one, inferring
+from llmkd.weights import load_tokenizer, locate
+from llmkd.zero3 import inferring
 
 
 class DistillTrainer(Checkpoints, Trainer):
@@ -72,13 +74,13 @@ class DistillTrainer(Checkpoints, Trainer):
             raise ConfigError("objective: got None; expected an Objective, such as TokenDistill('forward_kl').")
         args = _checked(args or TrainingArguments(output_dir="distilled"))
         student, processing_class = _student(model, processing_class)
-        self.teacher = _teacher(teacher)
+        self.teacher = as_teacher(teacher)
         check_needs(objective, self.teacher)
         teacher_size, teacher_tokenizer = (self.teacher.vocab_size, self.teacher.tokenizer) if self.teacher else (None, None)
         columns = common_columns(vocabulary(student), teacher_size, processing_class, teacher_tokenizer)
-        check_head(student)
         if peft_config is not None:
             student = get_peft_model(student, peft_config)  # type: ignore[arg-type]
+        check_head(student)
         self.distiller = Distiller(student, objective, columns)
         pad_id = getattr(processing_class, "pad_token_id", None)
         super().__init__(
@@ -91,8 +93,6 @@ class DistillTrainer(Checkpoints, Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if self.is_deepspeed_enabled:
-            gather_as_one(objective)
         if hasattr(self.teacher, "prepare"):
             self.teacher.prepare(self.accelerator)  # type: ignore[union-attr]
         if getattr(self.data_collator, "packing", False):
@@ -164,10 +164,12 @@ class DistillTrainer(Checkpoints, Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Evaluation in order; ranks get equally many batches by rows without a supervised token, never by repeats."""
-        dataset = self.eval_dataset[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset or self.eval_dataset
+        own: Any = self.eval_dataset
+        dataset = own[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset or own
         if dataset is None:
             raise ConfigError("eval_dataset: got None; expected held-out data, such as data.held_out_every: 8.")
-        return super().get_eval_dataloader(pad_with_unsupervised(dataset, self.args.eval_batch_size * self.args.world_size))
+        padded: Any = pad_with_unsupervised(dataset, self.args.eval_batch_size * self.args.world_size)
+        return super().get_eval_dataloader(padded)
 
     def evaluation_loop(
         self,
@@ -198,28 +200,30 @@ class DistillTrainer(Checkpoints, Trainer):
 
     def _counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         counts = {"items": (batch["labels"] != -100).sum()}
-        if self.processing_class is not None:
-            texts = self.processing_class.batch_decode([row[row != -100] for row in batch["labels"].cpu()])
+        tokenizer: Any = self.processing_class
+        if tokenizer is not None:
+            texts = tokenizer.batch_decode([row[row != -100] for row in batch["labels"].cpu()])
             size = sum(len(text.encode()) for text in texts)
             counts["bytes"] = torch.tensor(size, device=counts["items"].device)
         return counts
 
     @contextmanager
     def _eval_model(self) -> Iterator[nn.Module]:
-        """The model as training wraps it. Before any training nothing stays wrapped, or training would not wrap it again."""
+        """The model as training wraps it. Before that nothing stays wrapped, or training would not wrap it again."""
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
-        if self.model_wrapped is not self.model:
-            yield self.model_wrapped
+        wrapped: Any = self.model_wrapped
+        if wrapped is not self.model:
+            yield wrapped
         elif plugin is not None and plugin.zero_stage == 3:
             dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
-            with inferring(self.model, dtype, self.args.world_size) as engine:
+            with inferring(wrapped, dtype, self.args.world_size) as engine:
                 yield engine
         elif self.is_fsdp_enabled:
             if not self.accelerator._models:
-                raise ConfigError("evaluate: FSDP shards the model when training starts. Call train first, or set train.eval_on_start.")
-            yield self.model
+                raise ConfigError("evaluate: FSDP shards when training starts. Train first, or set eval_on_start.")
+            yield wrapped
         else:
-            yield self.model.to(self.args.device)
+            yield wrapped.to(self.args.device)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         """Shuffled, or length-grouped, from the seed and the epoch alone, so that a resumed run sees the same order."""
@@ -258,20 +262,9 @@ def _checked(args: TrainingArguments) -> TrainingArguments:
 
 
 def _student(model: str | nn.Module, tokenizer: Any) -> tuple[nn.Module, Any]:
-    if not isinstance(model, str):
-        return model, tokenizer
-    from llmkd.students.pretrained import pretrained
-    from llmkd.weights import load_tokenizer, locate
-
-    return pretrained(path=model), tokenizer or load_tokenizer(locate(model))
-
-
-def _teacher(teacher: Any) -> Teacher | None:
-    from llmkd.teachers.local import LocalTeacher, local
-
-    if isinstance(teacher, str):
-        return local(path=teacher)
-    return LocalTeacher(teacher) if isinstance(teacher, nn.Module) else teacher
+    if isinstance(model, str) and tokenizer is None:
+        tokenizer = load_tokenizer(locate(model))
+    return as_student(model), tokenizer
 
 
 def _tokens(inputs: dict[str, Tensor]) -> Tensor:

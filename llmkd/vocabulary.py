@@ -50,6 +50,6 @@ def _same_tokens(ours: Any, theirs: Any) -> None:
     by_id, other_by_id = ({index: token for token, index in vocab.items()} for vocab in (mine, other))
     first = min(index for index in by_id.keys() | other_by_id.keys() if by_id.get(index) != other_by_id.get(index))
     raise ConfigError(
-        f"tokenizers differ: id {first} is {by_id.get(first)!r} for the student and {other_by_id.get(first)!r} for the teacher; "
-        f"expected the same token for every id. {INSTEAD}."
+        f"tokenizers differ: id {first} is {by_id.get(first)!r} for the student and {other_by_id.get(first)!r} for the "
+        f"teacher; expected the same token for every id. {INSTEAD}."
     )

@@ -20,14 +20,18 @@ def size(parameter: Tensor) -> int:
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
-def gathered(parameters: Iterable[Tensor]) -> Any:
-    """A block in which sharded parameters are whole on every rank; call it on all ranks. A no-op otherwise."""
+def gathered(parameters: Iterable[Tensor], write: bool = False) -> Any:
+    """A block in which sharded parameters are whole on every rank; call it on all ranks. A no-op otherwise.
+
+    Args:
+        write: keep what the block changes, as rank 0 has it; without it changes are lost.
+    """
     sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     if not sharded:
         return nullcontext()
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters(sharded)
+    return deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if write else None)
 
 
 @contextmanager
@@ -53,13 +57,6 @@ def announce(module: nn.Module, parameters: Iterable[Tensor]) -> None:
             deepspeed.zero.register_external_parameter(module, parameter)
 
 
-def gather_as_one(module: nn.Module) -> None:
-    """Have ZeRO-3 gather a module's parameters around its own forward, not its parts', of which each rank may run more or less."""
-    from deepspeed.utils import set_z3_leaf_module
-
-    set_z3_leaf_module(module, True)
-
-
 def inference_engine(module: nn.Module, dtype: torch.dtype, world_size: int) -> nn.Module:
     """Shard a frozen module with a ZeRO-3 config of its own, in its own dtype, without an optimizer."""
     import deepspeed
@@ -83,4 +80,4 @@ def inferring(module: nn.Module, dtype: torch.dtype, world_size: int) -> Iterato
     try:
         yield engine
     finally:
-        engine.destroy()
+        engine.destroy()  # type: ignore[operator]

@@ -27,7 +27,13 @@ FAMILIES = {
     "cohere2": {"logit_scale": 4.0},
     "granite": {"logits_scaling": 8.0},
     "granitemoe": {"logits_scaling": 0.5},
-    "falcon_h1": {"lm_head_multiplier": 0.2, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_chunk_size": 8},
+    "falcon_h1": {
+        "lm_head_multiplier": 0.2,
+        "mamba_d_ssm": 32,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 8,
+        "mamba_chunk_size": 8,
+    },
     "nanochat": {"final_logit_softcapping": 0.3},
     "gpt2": {"tie_word_embeddings": True},
     "opt": {"word_embed_proj_dim": 16},
@@ -116,7 +122,8 @@ def test_signals_come_only_when_they_are_asked_for(make_model):
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "llama-tied", "gpt2", "gemma2", "gemma3_text", "cohere", "granite", "falcon_h1", "phi", "opt", "qwen3"]
+    "name",
+    ["llama", "llama-tied", "gpt2", "gemma2", "gemma3_text", "cohere", "granite", "falcon_h1", "phi", "opt", "qwen3"],
 )
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
 def test_gradients_are_those_of_the_dense_forward(make_model, name, divergence):
@@ -132,7 +139,9 @@ def test_gradients_are_those_of_the_dense_forward(make_model, name, divergence):
     dense.backward()
     torch.testing.assert_close(loss["total"], dense)
     for key, parameter in student.named_parameters():
-        torch.testing.assert_close(found[key], parameter.grad, rtol=1e-6, atol=1e-6 if name in NORMS_IN_FP32 else 1e-11, msg=key)
+        torch.testing.assert_close(
+            found[key], parameter.grad, rtol=1e-6, atol=1e-6 if name in NORMS_IN_FP32 else 1e-11, msg=key
+        )
 
 
 def test_gradients_in_fp32_keep_the_precision_of_the_dense_forward(make_model):
@@ -214,7 +223,7 @@ def test_flash_attention_keeps_documents_apart_in_one_row_only(make_model):
     model = make_model()
     model.config._attn_implementation = "flash_attention_2"
     check_packing(model, 1)
-    with pytest.raises(ConfigError, match="flash_attention_2.*per_device_train_batch_size=1"):
+    with pytest.raises(ConfigError, match=r"flash_attention_2.*per_device_train_batch_size=1"):
         check_packing(model, 2)
 
 

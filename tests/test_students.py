@@ -13,7 +13,20 @@ from llmkd.students.tiny import family_of, tiny_config
 from llmkd.weights import Source, load_model, locate
 
 IDS = torch.tensor([[5, 9, 8, 7, 30, 31, 12, 13]])
-CUT = ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2", "opt", "phi", "gpt_neox", "bloom", "cohere2", "granite"]
+CUT = [
+    "llama",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+    "opt",
+    "phi",
+    "gpt_neox",
+    "bloom",
+    "cohere2",
+    "granite",
+]
 
 
 def without_layers(model, kept: list[int]) -> Tensor:
@@ -25,9 +38,7 @@ def without_layers(model, kept: list[int]) -> Tensor:
 
     total = model.config.num_hidden_layers
     lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == total]
-    hooks = [
-        layer.register_forward_hook(skip, with_kwargs=True) for i, layer in enumerate(lists[0]) if i not in kept
-    ]
+    hooks = [layer.register_forward_hook(skip, with_kwargs=True) for i, layer in enumerate(lists[0]) if i not in kept]
     logits = model(input_ids=IDS, use_cache=False).logits
     for hook in hooks:
         hook.remove()

@@ -15,7 +15,10 @@ from llmkd.types import Outputs, Signal
 
 @pytest.fixture
 def batch():
-    examples = [{"input_ids": [5, 9, 8, 7, 30], "labels": [-100, -100, 8, 7, 30]}, {"input_ids": [4, 3], "labels": [-100, 3]}]
+    examples = [
+        {"input_ids": [5, 9, 8, 7, 30], "labels": [-100, -100, 8, 7, 30]},
+        {"input_ids": [4, 3], "labels": [-100, 3]},
+    ]
     return Collator(0)(examples)
 
 

@@ -25,10 +25,18 @@ def rows(lengths=LENGTHS, seed: int = 0) -> Dataset:
 
 
 def arguments(folder, **changes) -> TrainingArguments:
-    options = dict(
-        output_dir=str(folder), use_cpu=True, report_to="none", max_steps=2, per_device_train_batch_size=2,
-        per_device_eval_batch_size=2, learning_rate=1e-3, logging_steps=1, save_strategy="no", disable_tqdm=True,
-    )  # fmt: skip
+    options = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "report_to": "none",
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 2,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
     return TrainingArguments(**{**options, **changes})
 
 
@@ -186,7 +194,9 @@ class Explodes(Objective):
 
 @pytest.mark.parametrize("every", [1, 5])
 def test_a_loss_that_is_not_finite_stops_and_names_the_step(make_trainer, every):
-    trainer = make_trainer(Explodes(), args={"max_steps": 10, "logging_steps": every, "save_strategy": "steps", "save_steps": 2})
+    trainer = make_trainer(
+        Explodes(), args={"max_steps": 10, "logging_steps": every, "save_strategy": "steps", "save_steps": 2}
+    )
     with pytest.raises(TrainingError, match=r"not finite at step 3; .*checkpoint-2\.") as caught:
         trainer.train()
     assert "\n" not in str(caught.value)
@@ -249,12 +259,14 @@ def test_bits_per_byte_counts_the_bytes_of_the_supervised_text(make_trainer, tok
 
 
 def test_evaluation_is_deterministic_and_leaves_training_alone(make_trainer, make_model):
-    def losses(**changes) -> tuple[list[float], list[float]]:
+    def losses(**changes) -> list[list[float]]:
         student = make_model("gpt2", resid_pdrop=0.2)
         trainer = make_trainer(student=student, args={"max_steps": 3, "learning_rate": 1e-2, **changes})
         trainer.train()
         history = trainer.state.log_history
-        return [log["loss"] for log in history if "loss" in log], [log["eval_kl"] for log in history if "eval_kl" in log]
+        return [log["loss"] for log in history if "loss" in log], [
+            log["eval_kl"] for log in history if "eval_kl" in log
+        ]
 
     plain, evaluated, again = losses(), *(losses(eval_strategy="steps", eval_steps=1) for _ in range(2))
     assert len(evaluated[1]) == 3

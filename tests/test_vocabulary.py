@@ -59,7 +59,16 @@ def test_both_heads_are_cut_to_the_tokenizer(make_model, tokenizer, tmp_path, ou
 
 @pytest.mark.parametrize(
     ("student", "teacher", "columns"),
-    [(259, 259, None), (264, 264, 259), (264, 272, 259), (272, 264, 259), (259, 264, 259), (264, 259, 259), (264, None, 259), (259, None, None)],
+    [
+        (259, 259, None),
+        (264, 264, 259),
+        (264, 272, 259),
+        (272, 264, 259),
+        (259, 264, 259),
+        (264, 259, 259),
+        (264, None, 259),
+        (259, None, None),
+    ],
 )
 def test_columns_are_the_tokenizers_or_all(tokenizer, student, teacher, columns):
     assert common_columns(student, teacher, tokenizer, byte_tokenizer()) == columns
@@ -75,7 +84,7 @@ def test_without_a_tokenizer_only_equal_heads_can_be_compared():
 
 def test_another_tokenizer_names_the_first_id_that_differs(tokenizer):
     other = byte_tokenizer(("extra",))
-    with pytest.raises(ConfigError, match=r"id 259 is None for the student and 'extra' for the teacher.*Use a teacher of"):
+    with pytest.raises(ConfigError, match=r"id 259 is None for the student and 'extra' for the teacher.*Use a"):
         common_columns(264, 264, tokenizer, other)
 
 

@@ -52,16 +52,30 @@ def head_of(base: Any) -> Any:
     head = base.get_output_embeddings()
     if hasattr(head, "modules_to_save"):
         return head.modules_to_save[head.active_adapters[0]]
-    if hasattr(head, "get_delta_weight"):
+    if hasattr(head, "base_layer"):
+        _check_low_rank(head)
         weight = head.base_layer.weight + sum(head.get_delta_weight(name) for name in head.active_adapters)
         return SimpleNamespace(weight=weight, bias=head.base_layer.bias)
     return head
 
 
+def _check_low_rank(head: Any) -> None:
+    """Raise a ConfigError unless the head's adapters are sums of its weight and a low-rank product, nothing more."""
+    for name in head.active_adapters:
+        plain = name in getattr(head, "lora_A", ()) and not head.lora_variant.get(name) and not head.lora_bias[name]
+        if not plain or isinstance(head.lora_dropout[name], nn.Dropout):
+            raise ConfigError(
+                f"peft: got {type(head).__name__} on the output head, not a plain low-rank sum; expected LoRA without "
+                "DoRA, bias and dropout there. Take lm_head out of target_modules, or train it whole with "
+                "modules_to_save: [lm_head]."
+            )
+
+
 def head_settings(config: Any) -> tuple[float, float | None]:
     """(scale, soft-cap) that the model applies after its head: Cohere, Granite, Falcon-H1 and Gemma kinds."""
     text = config.get_text_config()
-    softcap = getattr(text, "final_logit_softcapping", None) or getattr(text, "logits_soft_cap", None)
+    caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    softcap = next((getattr(text, name) for name in caps if getattr(text, name, None)), None)
     scaling = getattr(text, "logits_scaling", None) or 1.0
     factors = (getattr(text, name, None) or 1.0 for name in ("logit_scale", "lm_head_multiplier"))
     scale = 1.0 / scaling if text.model_type in DIVIDES else scaling
@@ -111,8 +125,8 @@ def check_packing(model: nn.Module, batch_size: int) -> None:
     decoder, kind, attention = base.get_decoder(), base.config.model_type, str(base.config._attn_implementation)
     if "flash" in attention and batch_size > 1:
         raise ConfigError(
-            f"packing: got {batch_size} rows a batch with {attention}, which keeps packed documents apart in one row only. "
-            "Set attn_implementation=sdpa, or per_device_train_batch_size=1 and per_device_eval_batch_size=1."
+            f"packing: got {batch_size} rows a batch with {attention}, which keeps packed documents apart in one row "
+            "only. Set attn_implementation=sdpa, or per_device_train_batch_size=1 and per_device_eval_batch_size=1."
         )
     leaks = not _takes_positions(decoder)
     if not leaks and _has_weights(base) and "flash" not in attention:

@@ -22,7 +22,7 @@ from llmkd.errors import unknown_name
 
 Divergence = Callable[..., Tensor]
 
-DIVERGENCES: dict[str, Divergence] = {
+DIVERGENCES: dict[str, Callable[..., Any]] = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
     "jsd": jsd,

@@ -32,14 +32,14 @@ class Objective(nn.Module, ABC):
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Loss:
         """Return `{"total": scalar, "<metric>": scalar, ...}`, all sums over the batch's supervised items."""
 
-    def after_step(self, progress: float, means: Mapping[str, float]) -> None:  # noqa: B027
+    def after_step(self, progress: float, means: Mapping[str, float]) -> None:
         """Called once an optimizer step, in training only, with progress in [0, 1] and globally reduced means."""
 
     def step_state(self) -> dict[str, float]:
         """What `after_step` moves, by name: saved with each checkpoint."""
         return {}
 
-    def load_step_state(self, state: Mapping[str, float]) -> None:  # noqa: B027
+    def load_step_state(self, state: Mapping[str, float]) -> None:
         """Take back what `step_state` gave."""
 
     def logs(self) -> dict[str, float]:

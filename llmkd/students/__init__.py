@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from llmkd.students.depth import depth
@@ -14,4 +15,10 @@ STUDENTS: dict[str, Callable[..., PreTrainedModel]] = {
     "depth": depth,
 }
 
-__all__ = ["STUDENTS", "depth", "pretrained"]
+
+def as_student(model: str | nn.Module) -> nn.Module:
+    """The model of a name or a path; a model as it is."""
+    return pretrained(path=model) if isinstance(model, str) else model
+
+
+__all__ = ["STUDENTS", "as_student", "depth", "pretrained"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from torch import nn
+
 from llmkd.teachers.base import Teacher
 from llmkd.teachers.local import LocalTeacher, local
 
@@ -11,4 +13,12 @@ TEACHERS: dict[str, Callable[..., Teacher]] = {
     "local": local,
 }
 
-__all__ = ["TEACHERS", "LocalTeacher", "Teacher", "local"]
+
+def as_teacher(teacher: str | nn.Module | Teacher | None) -> Teacher | None:
+    """A live teacher of a name, a path or a causal LM; a `Teacher` as it is."""
+    if isinstance(teacher, str):
+        return local(path=teacher)
+    return LocalTeacher(teacher) if isinstance(teacher, nn.Module) else teacher
+
+
+__all__ = ["TEACHERS", "LocalTeacher", "Teacher", "as_teacher", "local"]

@@ -1,0 +1,58 @@
+"""Every table entry says what it computes and from which paper; README's table is what the code says."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import pytest
+
+from llmkd import catalog
+from llmkd.build import TABLES
+
+README = Path(__file__).parent.parent / "README.md"
+ENTRIES = catalog.entries()
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=[f"{entry.kind}-{entry.name}" for entry in ENTRIES])
+def test_an_entry_has_a_formula_and_a_paper(entry):
+    assert entry.formula
+    assert len(entry.formula) <= 200, "one line"
+    assert entry.paper
+    if entry.kind in ("divergence", "objective"):
+        assert entry.fidelity, "how it was checked, or 'derived'"
+        assert "=" in entry.formula or "sum" in entry.formula
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=[f"{entry.kind}-{entry.name}" for entry in ENTRIES])
+def test_an_entry_documents_every_knob(entry):
+    target = TABLES[entry.kind][entry.name]
+    text = inspect.getdoc(target) or ""
+    for name, parameter in inspect.signature(target).parameters.items():
+        if parameter.default is not parameter.empty and not name.endswith("_model"):
+            assert name in text, f"{name} is not in the docstring"
+
+
+def test_every_entry_of_every_table_is_listed():
+    assert {(entry.kind, entry.name) for entry in ENTRIES} == {(kind, name) for kind in TABLES for name in TABLES[kind]}
+    assert {entry.kind for entry in catalog.entries("divergence")} == {"divergence"}
+
+
+def test_a_field_is_read_to_its_end():
+    jsd = next(entry for entry in ENTRIES if entry.name == "jsd")
+    assert jsd.formula.startswith("JSD_b(p, q) = b KL(p || m)")
+    assert jsd.paper == "Agarwal et al. 2024 (GKD), arXiv 2306.13649, eq. 1"
+    assert jsd.knobs == "beta=0.5"
+
+
+def test_the_markdown_is_a_table_with_a_line_for_each_method():
+    lines = catalog.markdown().splitlines()
+    assert len(lines) == 2 + len(catalog.entries("divergence")) + len(catalog.entries("objective"))
+    columns = {line.replace(r"\|", "").count("|") for line in lines}
+    assert columns == {6}
+
+
+def test_readme_shows_the_table_of_the_code():
+    text = README.read_text()
+    shown = text.split("<!-- methods -->")[1].split("<!-- /methods -->")[0].strip()
+    assert shown == catalog.markdown(), "run: llmkd list --markdown"
