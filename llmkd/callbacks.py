@@ -14,6 +14,13 @@ if TYPE_CHECKING:
     from llmkd.trainer import DistillTrainer
 
 
+SHOWN = {
+    "loss": ("loss", "{:.4g}"),
+    "tokens_per_second": ("tokens/s", "{:,.0f}"),
+    "eval_kl": ("held-out kl", "{:.4g}"),
+}
+
+
 class Progress(ProgressCallback):
     """One bar with loss, tokens/s and time left, instead of a printed line every few steps."""
 
@@ -29,8 +36,7 @@ class Progress(ProgressCallback):
         """Show the newest numbers in the bar."""
         if self.training_bar is None or not logs:
             return
-        shown = {"loss": "loss", "tokens_per_second": "tok/s", "eval_kl": "held-out kl"}
-        values = {label: f"{logs[name]:.4g}" for name, label in shown.items() if name in logs}
+        values = {label: form.format(logs[name]) for name, (label, form) in SHOWN.items() if name in logs}
         if values:
             self.shown = {**getattr(self, "shown", {}), **values}
             self.training_bar.set_postfix(self.shown)
@@ -70,8 +76,13 @@ class Interrupt(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Give the signals back."""
+        self.release()
+
+    def release(self) -> None:
+        """Give the signals back; needed by whoever stops a training with an exception."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        self._previous = {}
 
     def _ask(self, number: int, frame: Any) -> None:
         if self.asked:

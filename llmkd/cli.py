@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +23,7 @@ app = typer.Typer(
     add_completion=False,
 )
 
+GRACE_S = 5.0  # seconds that a launcher takes at most to end the other ranks
 TRAIN_EXAMPLES = """
 **Examples**
 
@@ -95,6 +99,9 @@ def _train(config: dict[str, Any], recipe: Path, resume: bool) -> None:
     except Stopped as stopped:
         _announce(f"stopped; checkpoint: {stopped}. Go on with: {_again()}")
         raise typer.Exit(130) from stopped
+    except KeyboardInterrupt as interrupt:
+        _announce(f"interrupted. Go on with: {_again()}")
+        raise typer.Exit(130) from interrupt
     if is_main():
         show(metrics, folder)
 
@@ -104,14 +111,17 @@ def _show_plan(config: dict[str, Any]) -> None:
     from llmkd.plan import dry_run
 
     memory = dry_run(config)
-    print(recipes.dump(config), end="")
-    print("# memory of one unsharded device, GiB: " + ", ".join(f"{name} {size:.2f}" for name, size in memory.items()))
-    print("# everything checked; nothing was loaded or written")
+    _announce(recipes.dump(config).rstrip())
+    sizes = ", ".join(f"{name} {size:.2f}" for name, size in memory.items())
+    _announce(f"# memory of one unsharded device, GiB: {sizes}")
+    _announce("# everything checked; no weights were loaded, nothing was written")
 
 
 def _again() -> str:
-    words = [word for word in sys.argv[1:] if word != "--resume"]
-    return " ".join(["llmkd", *words, "--resume"])
+    """The command that goes on with this run."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return "the same command with --resume"
+    return shlex.join(["llmkd", *(word for word in sys.argv[1:] if word != "--resume"), "--resume"])
 
 
 def _announce(text: str) -> None:
@@ -135,11 +145,18 @@ def _quiet() -> None:
 
 def main() -> None:
     """Entry point: what the user can fix is one line on stderr and a non-zero exit."""
+    if not sys.flags.safe_path and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # so that `my_module:attr` in a recipe is found from here
     try:
         app()
     except LlmkdError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _report(error)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print(f"interrupted. Go on with: {_again()}", file=sys.stderr)
-        sys.exit(130)
+
+
+def _report(error: LlmkdError) -> None:
+    """One line, once: rank 0 speaks; another rank only if rank 0 goes on, so that nothing is lost."""
+    if int(os.environ.get("RANK", "0")) > 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # how a launcher ends the others once rank 0 has failed
+        time.sleep(GRACE_S)
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)

@@ -57,7 +57,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     config = _plain(lambda: OmegaConf.create(config), str(path), resolve=True)
     check(_Recipe, config, Path(path).stem)
     if "hub_token" in config["train"]:
-        raise ConfigError("train.hub_token: got a value; expected none, as config.yaml would keep it. Set HF_TOKEN instead.")
+        raise ConfigError("train.hub_token: got a value; expected none: config.yaml would keep it. Set HF_TOKEN.")
     return config
 
 

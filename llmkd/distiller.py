@@ -11,7 +11,7 @@ from llmkd.adapters.causal_lm import read, unwrap
 from llmkd.agreement import measure
 from llmkd.objectives.base import Objective
 from llmkd.types import Loss, Outputs, row_labels
-from llmkd.zero3 import announce
+from llmkd.zero3 import announce, take_in
 
 
 class Distiller(nn.Module):
@@ -56,6 +56,8 @@ class Distiller(nn.Module):
         student = read(self.student, batch, self.objective.needs, self.vocab_size)
         for user in (self.objective, self.agreement):
             announce(user, student.rows.parameters())  # type: ignore[union-attr]
+        for module in self.objective.row_modules():
+            take_in(self.objective, module)
         loss = dict(self.objective(student, teacher, batch))
         if not self.training:
             loss.update(self.agreement(student, teacher, batch))

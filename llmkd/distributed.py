@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 
 def start_processes(train: Mapping[str, Any]) -> dict[str, Any]:
@@ -28,12 +31,15 @@ def start_processes(train: Mapping[str, Any]) -> dict[str, Any]:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     deepspeed = train.get("deepspeed") or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or not deepspeed:
+        if is_main() and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+            logger.warning("accelerate has no FSDP on a CPU: these processes run as DDP, with the same result")
         return {"use_cpu": True}
     from accelerate import PartialState
 
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     PartialState(backend="gloo")
-    return {"accelerator_config": {**(train.get("accelerator_config") or {}), "use_configured_state": True}}
+    kept = {"accelerator_config": {**(train.get("accelerator_config") or {}), "use_configured_state": True}}
+    return {**kept, "use_cpu": True}  # harmless to a state that is made, and bf16 is refused without it
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

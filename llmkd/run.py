@@ -55,7 +55,10 @@ def claim(folder: Path, config: Mapping[str, Any], resume: bool) -> None:
         )
     difference = first_difference(recipes.load(file), config)
     if difference:
-        raise ConfigError(f"--resume: {difference} in '{folder}'; expected the recipe that the run began with. Use another train.output_dir.")
+        raise ConfigError(
+            f"--resume: {difference} in '{folder}'; expected the recipe that the run began with. "
+            "Use another train.output_dir."
+        )
 
 
 def first_difference(old: Any, new: Any, path: str = "") -> str | None:
@@ -111,7 +114,10 @@ def train(config: Mapping[str, Any], folder: Path, resume: bool = False, announc
         data_collator=Collator(built.tokenizer.pad_token_id, packing=spec.packing),
     )
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+    finally:
+        trainer.interrupt.release()
     if trainer.interrupt.stopped:
         raise Stopped(str(trainer.last_checkpoint()))
     trainer.stop_unless_finite()

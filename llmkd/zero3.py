@@ -57,6 +57,19 @@ def announce(module: nn.Module, parameters: Iterable[Tensor]) -> None:
             deepspeed.zero.register_external_parameter(module, parameter)
 
 
+def take_in(owner: nn.Module, inner: nn.Module) -> None:
+    """Let `owner` gather the parameters of `inner`, a module that it calls a different number of times on each rank.
+
+    The hooks of `inner` would fetch at every call, and ranks would wait for each other for ever.
+    """
+    parameters = [parameter for parameter in inner.parameters() if hasattr(parameter, "ds_id")]
+    if parameters:
+        for module in inner.modules():
+            module._forward_pre_hooks.clear()
+            module._forward_hooks.clear()
+        announce(owner, parameters)
+
+
 def inference_engine(module: nn.Module, dtype: torch.dtype, world_size: int) -> nn.Module:
     """Shard a frozen module with a ZeRO-3 config of its own, in its own dtype, without an optimizer."""
     import deepspeed

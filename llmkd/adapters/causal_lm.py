@@ -160,8 +160,8 @@ def _takes_positions(decoder: Any) -> bool:
 
 def _has_weights(base: Any) -> bool:
     """Whether the weights are here: neither on the meta device nor only a shard of them."""
-    weight = base.get_output_embeddings().weight
-    return not (weight.device.type == "meta" or weight.numel() == 0 or type(weight.data).__name__ == "DTensor")
+    weights = (base.get_input_embeddings().weight, base.get_output_embeddings().weight)  # PEFT may copy one, whole
+    return not any(w.device.type == "meta" or w.numel() == 0 or type(w.data).__name__ == "DTensor" for w in weights)
 
 
 def vocabulary(model: nn.Module) -> int:

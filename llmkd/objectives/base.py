@@ -18,7 +18,7 @@ class Objective(nn.Module, ABC):
     """(student, teacher, batch) -> Loss: a differentiable sum over supervised items, and detached metric sums.
 
     An objective never divides by a count and never holds a model, tokenizer or trainer. Parameters and buffers of its
-    own train, sync and resume with the student.
+    own train, sync and resume with the student; a parameter needs at least one dimension, or FSDP2 and ZeRO-3 refuse it.
 
     Attributes:
         needs: the teacher's signals that it reads; empty if it can do without a teacher.
@@ -31,6 +31,10 @@ class Objective(nn.Module, ABC):
     @abstractmethod
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Loss:
         """Return `{"total": scalar, "<metric>": scalar, ...}`, all sums over the batch's supervised items."""
+
+    def row_modules(self) -> list[nn.Module]:
+        """Modules that run once a chunk of rows, and not once a step as other modules do."""
+        return []
 
     def after_step(self, progress: float, means: Mapping[str, float]) -> None:
         """Called once an optimizer step, in training only, with progress in [0, 1] and globally reduced means."""
@@ -53,6 +57,10 @@ class RowObjective(Objective, ABC):
     @abstractmethod
     def terms(self, student: Outputs, batch: Batch) -> dict[str, Term]:
         """The row-wise losses, for `rows.reduce`, by the name of their metric; those of scale 0 are only measured."""
+
+    def row_modules(self) -> list[nn.Module]:
+        """Divergences with parameters."""
+        return list(self.children())
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Loss:
         """The sum of the terms over the rows."""
@@ -94,6 +102,10 @@ class Mix(Objective):
                 if name != "total":
                     out[_unique(name, out)] = value
         return out
+
+    def row_modules(self) -> list[nn.Module]:
+        """The parts' modules."""
+        return [module for part in self._objectives() for module in part.row_modules()]
 
     def after_step(self, progress: float, means: Mapping[str, float]) -> None:
         """Hand the step on to every part."""

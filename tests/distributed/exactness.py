@@ -53,11 +53,6 @@ CASES = (
 )
 
 
-def cases(framework: str) -> list[Case]:
-    """What a framework can run: ZeRO-3 gathers a divergence's weights at each call, and ranks differ in their calls."""
-    return [case for case in CASES if not (case.learned and framework == "zero3")]
-
-
 def plain_reverse_kl(log_t: Tensor, log_s: Tensor) -> Tensor:
     """KL(q || p), nats, without a closed-form gradient: the driver has to use autograd."""
     return (log_s.exp() * (log_s - log_t)).sum(-1)

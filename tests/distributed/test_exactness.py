@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from exactness import CASES, EXPORT, MERGED, REPORT, STEPS, WEIGHTS, Case, cases, run, write_models
+from exactness import CASES, EXPORT, MERGED, REPORT, STEPS, WEIGHTS, Case, run, write_models
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -23,7 +23,7 @@ RELATIVE = 1e-5
 FRAMEWORKS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 WRAPS = {"ddp": "MULTI_CPU", "fsdp2": "FSDP"}  # as accelerate names them
 TIMEOUT = 180
-PAIRS = [pytest.param(f, case, id=f"{f}-{case.name}") for f in FRAMEWORKS for case in cases(f)]
+PAIRS = [pytest.param(f, case, id=f"{f}-{case.name}") for f in FRAMEWORKS for case in CASES]
 NAMED = {case.name: case for case in CASES}
 
 

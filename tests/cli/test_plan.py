@@ -1,0 +1,61 @@
+"""`--dry-run` checks without weights and writes nothing; `--smoke` runs every recipe without a network."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llmkd.config import load
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+RUNNABLE = sorted(file for file in RECIPES.rglob("*.yaml") if "accelerate" not in file.parts and "base" not in file.parts)
+
+
+def test_dry_run_reads_no_weights_and_writes_nothing(llmkd, recipe, models, tmp_path):
+    file = recipe({"model": str(models / "hollow"), "teacher": str(models / "hollow")})
+    before = sorted(tmp_path.rglob("*"))
+    done = llmkd("train", file, "--dry-run", "train.seed=7")
+    assert done.code == 0, done.err
+    assert sorted(tmp_path.rglob("*")) == before
+    assert yaml.safe_load(done.out) == load(file, ["train.seed=7"])
+    comments = [line for line in done.out.splitlines() if line.startswith("#")]
+    assert any("memory" in line and "student weights" in line and "total" in line for line in comments)
+
+
+def test_dry_run_and_an_adapter(llmkd, recipe, models):
+    file = recipe({"model": str(models / "hollow"), "peft": {"r": 4, "target_modules": "all-linear"}})
+    assert llmkd("train", file, "--dry-run").code == 0
+    wrong = llmkd("train", file, "--dry-run", "peft.target_modules=[nowhere]")
+    assert "nowhere" in wrong.error
+    assert "peft" in wrong.error
+
+
+def test_dry_run_finds_what_the_run_would_stop_at(llmkd, recipe, models):
+    assert "teacher" in llmkd("train", recipe({"teacher": None}), "--dry-run").error
+    assert "train" in llmkd("train", recipe(), "--dry-run", "train.learning_rat=1").error
+    assert "held_out_evry" in llmkd("train", recipe(), "--dry-run", "data.held_out_evry=2").error
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Whoever opens a connection to somewhere else fails the test."""
+
+    def refuse(self, address):
+        raise AssertionError(f"connects to {address}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.mark.parametrize("file", RUNNABLE, ids=lambda file: str(file.relative_to(RECIPES)))
+def test_every_recipe_smokes(llmkd, tmp_path, no_network, file):
+    done = llmkd("train", file, "--smoke")
+    assert done.code == 0, done.err
+    assert done.out.splitlines()[-1].startswith("smoke: 2 steps, loss ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_there_are_recipes_to_smoke():
+    assert len(RUNNABLE) > 5
