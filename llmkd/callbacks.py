@@ -41,6 +41,11 @@ class Progress(ProgressCallback):
             self.shown = {**getattr(self, "shown", {}), **values}
             self.training_bar.set_postfix(self.shown)
 
+    def release(self) -> None:
+        """Close the bar, so that what is printed next begins a line."""
+        if self.training_bar is not None:
+            self.training_bar.close()
+
 
 class Interrupt(TrainerCallback):
     """Ctrl-C or SIGTERM: finish the step, save a checkpoint, stop. A second one stops at once.
@@ -79,7 +84,7 @@ class Interrupt(TrainerCallback):
         self.release()
 
     def release(self) -> None:
-        """Give the signals back; needed by whoever stops a training with an exception."""
+        """Give the signals back."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
@@ -88,6 +93,13 @@ class Interrupt(TrainerCallback):
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
+
+
+def release(callbacks: list[TrainerCallback]) -> None:
+    """Close the bar and give the signals back, however a training ended."""
+    for callback in callbacks:
+        if isinstance(callback, Progress | Interrupt):
+            callback.release()
 
 
 class AfterStep(TrainerCallback):
@@ -99,4 +111,4 @@ class AfterStep(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called between the optimizer's step and the next forward."""
         means = self.trainer.step_means()
-        self.trainer.distiller.objective.after_step((state.global_step + 1) / max(1, state.max_steps), means)
+        self.trainer.distiller.objective.after_step(state.global_step / max(1, state.max_steps), means)

@@ -140,7 +140,8 @@ def _quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module="torch|transformers|accelerate|datasets")
     logging.basicConfig(format="%(levelname)s %(message)s")
-    logging.getLogger("llmkd").setLevel(logging.INFO)
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    logging.getLogger("llmkd").setLevel(logging.INFO if is_main else logging.ERROR)
 
 
 def main() -> None:

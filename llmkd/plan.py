@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llmkd import build
 from llmkd import config as recipes
 from llmkd.adapters.causal_lm import check_packing, vocabulary
@@ -60,10 +62,26 @@ def check(config: Mapping[str, Any]) -> tuple[build.Parts, Any]:
     with whole_models(), stand_in("plan"):
         parts = build.parts(config)
         student = _with_adapter(parts)
+    _call_once(parts.objective)
     check_needs(parts.objective, parts.teacher)
     size, tokenizer = (parts.teacher.vocab_size, parts.teacher.tokenizer) if parts.teacher else (None, None)
     common_columns(vocabulary(student), size, parts.tokenizer, tokenizer)
     return parts, student
+
+
+def _call_once(goal: Any) -> None:
+    """A divergence that is a function checks its knobs when it is called: call it on two rows of two tokens."""
+    rows = torch.tensor([[0.5, 0.5], [0.25, 0.75]]).log()
+    for part in goal.parts:
+        fn = getattr(part, "fn", None)
+        if fn is None or isinstance(fn, torch.nn.Module):
+            continue
+        try:
+            fn(rows, rows)
+        except ConfigError:
+            raise
+        except Exception:  # the user's own function, which may want more tokens than two
+            continue
 
 
 def _with_adapter(parts: build.Parts) -> Any:

@@ -14,6 +14,7 @@ from transformers import set_seed
 
 from llmkd import build, zero3
 from llmkd import config as recipes
+from llmkd.callbacks import release
 from llmkd.checkpoints import complete_checkpoints
 from llmkd.data import prepare
 from llmkd.data.collate import Collator
@@ -98,9 +99,9 @@ def train(config: Mapping[str, Any], folder: Path, resume: bool = False, announc
             check(config)  # all that can be wrong is said before weights are loaded
         data = prepare(spec, build.tokenizer(config))
         announce(f"data: {_counts(data.report)}")
-        _begin(folder, config)
         set_seed(args.seed)  # before random parts are made: adapters, projectors
         built = build.parts(config)
+    _begin(folder, config)
     args.eval_on_start = data.eval is not None and not checkpoints
     trainer = DistillTrainer(
         model=built.model,
@@ -117,7 +118,7 @@ def train(config: Mapping[str, Any], folder: Path, resume: bool = False, announc
     try:
         trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
     finally:
-        trainer.interrupt.release()
+        release(trainer.callback_handler.callbacks)
     if trainer.interrupt.stopped:
         raise Stopped(str(trainer.last_checkpoint()))
     trainer.stop_unless_finite()

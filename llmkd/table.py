@@ -33,7 +33,7 @@ def show(metrics: Mapping[str, Any], folder: Path, console: Console | None = Non
     console.print(table)
     train = metrics["train"]
     console.print(
-        f"{train['steps']} steps in {train['seconds']:.0f} s ({train['tokens_per_second'] or 0:,.0f} tokens/s), "
+        f"{train['steps']} steps in {train['seconds']:.0f} s ({_cell(train['tokens_per_second'], '{:,.0f}')} tokens/s), "
         f"peak memory {train['peak_memory_mb']:,.0f} MB",
         highlight=False,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracles import dense_rows, head_logits, ids_of, instance, top_k_with_tail
+from oracles import STOPPED, dense_rows, head_logits, ids_of, instance, top_k_with_tail
 from test_divergence_laws import CASES, NAMES
 from torch import Tensor, nn
 
@@ -131,7 +131,7 @@ def test_the_teacher_gets_no_gradient():
     assert teacher.head.bias.grad is None
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in STOPPED])
 def test_gradcheck(name):
     student, teacher = models(bias=True, n=5, softcap=4.0)
     fn, weights = instance(DIVERGENCES, name), weights_of(5)

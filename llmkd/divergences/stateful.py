@@ -17,7 +17,7 @@ class StepDivergence(nn.Module, ABC):
 
     @abstractmethod
     def after_step(self, progress: float, means: Mapping[str, float]) -> None:
-        """Move the state: once an optimizer step, in training only, with progress in [0, 1] and means over all ranks."""
+        """Move the state: once an optimizer step, in training only; progress = steps before it / all; means over all ranks."""
 
     def measures(self) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
         """Further row functions to report, by name; their means reach `after_step`."""

@@ -37,7 +37,7 @@ class Objective(nn.Module, ABC):
         return []
 
     def after_step(self, progress: float, means: Mapping[str, float]) -> None:
-        """Called once an optimizer step, in training only, with progress in [0, 1] and globally reduced means."""
+        """Called once an optimizer step, in training only: progress = steps before it / all steps; means over all ranks."""
 
     def step_state(self) -> dict[str, float]:
         """What `after_step` moves, by name: saved with each checkpoint."""

@@ -74,7 +74,9 @@ def _main(words: list[str], folder: str, out: str, err: str, fault: tuple[str, i
     main()
 
 
-def _around(owner: Any, name: str, before: Callable[..., Any] | None = None, after: Callable[..., Any] | None = None) -> None:
+def _around(
+    owner: Any, name: str, before: Callable[..., Any] | None = None, after: Callable[..., Any] | None = None
+) -> None:
     """Call something before or after a method or function, with its arguments."""
     original = getattr(owner, name)
 

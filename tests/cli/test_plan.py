@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,8 +13,19 @@ import yaml
 
 from llmkd.config import load
 
+NO_NETWORK = """
+import socket, sys
+def refuse(self, address):
+    sys.exit(f"connects to {address}")
+socket.socket.connect = refuse
+sys.argv = ["llmkd", "train", sys.argv[1], "--smoke"]
+from llmkd.cli import main
+main()
+"""
 RECIPES = Path(__file__).parents[2] / "recipes"
-RUNNABLE = sorted(file for file in RECIPES.rglob("*.yaml") if "accelerate" not in file.parts and "base" not in file.parts)
+RUNNABLE = sorted(
+    file for file in RECIPES.rglob("*.yaml") if "accelerate" not in file.parts and "base" not in file.parts
+)
 
 
 def test_dry_run_reads_no_weights_and_writes_nothing(llmkd, recipe, models, tmp_path):
@@ -55,6 +69,16 @@ def test_every_recipe_smokes(llmkd, tmp_path, no_network, file):
     assert done.code == 0, done.err
     assert done.out.splitlines()[-1].startswith("smoke: 2 steps, loss ")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_smoke_of_hub_names_asks_no_hub(tmp_path):
+    env = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
+    command = [sys.executable, "-c", NO_NETWORK, str(RECIPES / "smollm2_360m_to_135m.yaml")]
+    root = str(RECIPES.parent)
+    env |= {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "smoke: 2 steps" in done.stdout
 
 
 def test_there_are_recipes_to_smoke():

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from place import recipe_of
 
 from llmkd.checkpoints import complete_checkpoints
 
@@ -32,8 +33,6 @@ def steps(run: Path) -> list[int]:
 @pytest.fixture(scope="module")
 def undisturbed(server, models, tmp_path_factory):
     """The results of a full and of a LoRA run that nothing happened to."""
-    from conftest import recipe_of
-
     found = {}
     for name, more in (("full", {}), ("lora", {"peft": LORA})):
         folder = tmp_path_factory.mktemp(name)

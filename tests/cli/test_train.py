@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import WORDS, write_rows
+from place import WORDS, recipe_of, write_rows
 
 from llmkd.checkpoints import complete_checkpoints
 from llmkd.config import load
@@ -32,8 +32,6 @@ assert sum(p.numel() for p in model.parameters()) == int(sys.argv[2])
 @pytest.fixture(scope="module")
 def finished(models, tmp_path_factory):
     """One run by `python -m llmkd` in a fresh interpreter: its folder and what it printed."""
-    from conftest import recipe_of
-
     place = tmp_path_factory.mktemp("finished")
     config = recipe_of(models)
     config["train"] |= {"num_train_epochs": 6, "output_dir": "out/run"}
@@ -85,7 +83,9 @@ def test_the_output_is_llmkds_own(finished):
                   "bits per byte", "parameters", "tokens/s"):  # fmt: skip
         assert label in "\n".join(table)
     assert "run folder: out/run" in table
-    noise = [line for line in re.split(r"[\r\n]+", done.stderr) if line.strip() and not re.search(r"\d+%\||examples", line)]
+    noise = [
+        line for line in re.split(r"[\r\n]+", done.stderr) if line.strip() and not re.search(r"\d+%\||examples", line)
+    ]
     assert noise in ([], [line for line in noise if line.startswith("WARNING data")])
     bar = re.split(r"\r", done.stderr)[-1]
     assert re.search(r"distil: 100%.*42/42 \[.*loss=[\d.]+.*tokens/s=[\d,]+", bar), bar
@@ -96,7 +96,9 @@ def test_the_printed_next_command_runs(finished):
     command = done.stdout.rpartition("next:\n")[2].strip()
     assert command.startswith("python -c ")
     command = command.replace("python", sys.executable, 1)
-    spoken = subprocess.run(command, shell=True, cwd=place, env=environment(), capture_output=True, text=True, timeout=120)
+    spoken = subprocess.run(
+        command, shell=True, cwd=place, env=environment(), capture_output=True, text=True, timeout=120
+    )
     assert spoken.returncode == 0, spoken.stderr
     assert spoken.stdout.startswith("The for statement")
 
@@ -141,7 +143,9 @@ def test_parts_of_the_users_own_module_are_found_from_here(llmkd, recipe, tmp_pa
 
 
 def test_a_run_without_teacher_and_held_out_text(llmkd, recipe, tmp_path):
-    file = recipe({"teacher": None, "objective": "cross_entropy", "data.held_out_every": None, "train.num_train_epochs": 1})
+    file = recipe(
+        {"teacher": None, "objective": "cross_entropy", "data.held_out_every": None, "train.num_train_epochs": 1}
+    )
     done = llmkd("train", file)
     assert done.code == 0, done.err
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
@@ -149,7 +153,7 @@ def test_a_run_without_teacher_and_held_out_text(llmkd, recipe, tmp_path):
     assert metrics["teacher"] == {}
 
 
-def test_samples_without_a_supervised_token_are_counted_not_fatal(llmkd, recipe, tmp_path):
+def test_samples_without_a_supervised_token_are_counted_not_fatal(llmkd, recipe, tmp_path, caplog):
     rows = [{"prompt": "say " * 20 if i % 4 == 1 else "say: ", "completion": WORDS[i % 8]} for i in range(24)]
     file = recipe({"data.path": str(write_rows(tmp_path / "asked.jsonl", rows)), "train.num_train_epochs": 1})
     done = llmkd("train", file)
@@ -157,4 +161,4 @@ def test_samples_without_a_supervised_token_are_counted_not_fatal(llmkd, recipe,
     data = json.loads((tmp_path / "run/metrics.json").read_text())["train"]["data"]
     assert data["no_supervised_token"] + data.get("eval_no_supervised_token", 0) == 6
     assert "no supervised token" in done.out
-    assert "no_supervised_token" in done.err
+    assert "no_supervised_token" in caplog.text
