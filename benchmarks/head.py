@@ -146,7 +146,9 @@ def _case(shape: str, kind: str, loss: str, repeats: int) -> dict[str, Any]:
     measured = interleave(runs, repeats)
     case = {"shape": shape, "rows_vocab_hs_ht": SHAPES[shape], "dtype": kind, "divergence": loss}
     table = {name: {**asdict(value), **errors.get(name, {})} for name, value in measured.items()}
-    ratios = {f"{name}_over_llmkd": round(value.seconds / measured["llmkd"].seconds, 3) for name, value in measured.items()}
+    ratios = {
+        f"{name}_over_llmkd": round(value.seconds / measured["llmkd"].seconds, 3) for name, value in measured.items()
+    }
     print(f"{shape} {kind} {loss}: " + ", ".join(f"{name} {value.seconds:.3f} s" for name, value in measured.items()))
     return {**case, "methods": table, "ratios": ratios}
 

@@ -55,6 +55,12 @@ def markdown(kinds: tuple[str, ...] = ("divergence", "objective")) -> str:
     lines = ["| name | what it computes | paper | checked | defaults |", "|---|---|---|---|---|"]
     for kind in kinds:
         for entry in entries(kind):
-            cells = (f"`{entry.name}`", entry.formula, entry.paper, entry.fidelity, f"`{entry.knobs}`" if entry.knobs else "")
+            cells = (
+                f"`{entry.name}`",
+                entry.formula,
+                entry.paper,
+                entry.fidelity,
+                f"`{entry.knobs}`" if entry.knobs else "",
+            )
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)

@@ -70,7 +70,9 @@ def train(
 
 @app.command(name="list")
 def list_(
-    kind: Annotated[str | None, typer.Argument(help="divergence, objective, teacher or model; all if left out.")] = None,
+    kind: Annotated[
+        str | None, typer.Argument(help="divergence, objective, teacher or model; all if left out.")
+    ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table that README shows.")] = False,
 ) -> None:
     """Print every table: names, formulas, papers, how each was checked, knobs."""

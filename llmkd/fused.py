@@ -132,9 +132,7 @@ class _Tally:
                 out[tile] = 0.0 if slope is None else student.through(slope, logits[tile])
         return out
 
-    def tile(
-        self, logits: Tensor, teacher: DenseRows | TopKRows | None, tile: slice, rows: slice
-    ) -> Tensor | None:
+    def tile(self, logits: Tensor, teacher: DenseRows | TopKRows | None, tile: slice, rows: slice) -> Tensor | None:
         """Add up one tile of every term; returns d total / d logits."""
         leaf = logits.detach().requires_grad_(self.need_logits and any(self.traced))
         pairs = _Pairs(leaf, teacher, tile)

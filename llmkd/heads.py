@@ -170,7 +170,9 @@ class TopKRows:
     def align(self, rows: slice, log_s: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Both models' log-probabilities on the same K events and the tail; see `support.pair`."""
         if log_s.shape[-1] != self.vocab_size:
-            raise ValueError(f"student vocabulary is {log_s.shape[-1]}, the teacher's rows were made with {self.vocab_size}")
+            raise ValueError(
+                f"student vocabulary is {log_s.shape[-1]}, the teacher's rows were made with {self.vocab_size}"
+            )
         if temperature != self.temperature:
             raise ValueError(f"temperature is {temperature}, the teacher's rows were recorded at {self.temperature}")
         ids, log_t = self.ids[rows], self.log_probs[rows].to(log_s.dtype)
@@ -193,5 +195,7 @@ class _Head:
 def _dense_pair(teacher_logits: Tensor, log_s: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     log_t = log_softmax(teacher_logits, temperature)
     if log_t.shape[-1] != log_s.shape[-1]:
-        raise ValueError(f"teacher vocabulary is {log_t.shape[-1]}, the student's {log_s.shape[-1]}; cut both to the tokenizer")
+        raise ValueError(
+            f"teacher vocabulary is {log_t.shape[-1]}, the student's {log_s.shape[-1]}; cut both to the tokenizer"
+        )
     return log_t.to(log_s.dtype), log_s

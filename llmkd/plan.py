@@ -109,7 +109,9 @@ def estimate(student: Any, teacher: Any, tokens: int) -> dict[str, float]:
         "AdamW moments": 2 * trained,
         "loss work space": 256 * 2**20,
         "activations": 34 * tokens * text.hidden_size * text.num_hidden_layers,
-        "teacher weights": sum(p.numel() * p.element_size() for p in teacher.parameters()) if teacher is not None else 0,
+        "teacher weights": sum(p.numel() * p.element_size() for p in teacher.parameters())
+        if teacher is not None
+        else 0,
     }
     sizes = {name: size / GIB for name, size in parts.items()}
     return {**sizes, "total": sum(sizes.values())}

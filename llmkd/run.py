@@ -47,7 +47,9 @@ def claim(folder: Path, config: Mapping[str, Any], resume: bool) -> None:
     file = folder / "config.yaml"
     if not file.exists():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ConfigError(f"train.output_dir: '{folder}' is not empty and no run; expected a new folder. Set another.")
+            raise ConfigError(
+                f"train.output_dir: '{folder}' is not empty and no run; expected a new folder. Set another."
+            )
         return
     if not resume:
         raise ConfigError(

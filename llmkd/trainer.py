@@ -76,7 +76,9 @@ class DistillTrainer(Checkpoints, Trainer):
         student, processing_class = _student(model, processing_class)
         self.teacher = as_teacher(teacher)
         check_needs(objective, self.teacher)
-        teacher_size, teacher_tokenizer = (self.teacher.vocab_size, self.teacher.tokenizer) if self.teacher else (None, None)
+        teacher_size, teacher_tokenizer = (
+            (self.teacher.vocab_size, self.teacher.tokenizer) if self.teacher else (None, None)
+        )
         columns = common_columns(vocabulary(student), teacher_size, processing_class, teacher_tokenizer)
         if peft_config is not None:
             student = get_peft_model(student, peft_config)  # type: ignore[arg-type]
@@ -232,7 +234,9 @@ class DistillTrainer(Checkpoints, Trainer):
         if strategy not in ("random", "group_by_length") or not hasattr(dataset, "__len__"):
             return super()._get_train_sampler(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        group = self.args.train_batch_size * self.args.gradient_accumulation_steps if strategy == "group_by_length" else 0
+        group = (
+            self.args.train_batch_size * self.args.gradient_accumulation_steps if strategy == "group_by_length" else 0
+        )
         return EpochSampler(dataset, seed, group * self.args.world_size)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler:
@@ -252,7 +256,9 @@ def check_needs(objective: Objective, teacher: Teacher | None) -> None:
 
 def _checked(args: TrainingArguments) -> TrainingArguments:
     if not args.average_tokens_across_devices:
-        raise ConfigError("train.average_tokens_across_devices: got false; expected true: the loss is a mean over all tokens.")
+        raise ConfigError(
+            "train.average_tokens_across_devices: got false; expected true: the loss is a mean over all tokens."
+        )
     if args.label_smoothing_factor:
         raise ConfigError("train.label_smoothing_factor has no effect on an objective. Remove it.")
     args.remove_unused_columns = False

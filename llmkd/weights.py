@@ -47,11 +47,21 @@ def locate(path: str, gguf_file: str | None = None, revision: str | None = None)
     local = Path(path)
     if local.is_dir():
         if gguf_file is not None and not (local / gguf_file).is_file():
-            raise ConfigError(f"gguf_file: got '{gguf_file}', which is not in {path}; found: {_names(local, '*.gguf')}.")
-        if gguf_file is None and not (local / "config.json").is_file() and not (local / "adapter_config.json").is_file():
-            raise ConfigError(f"path: '{path}' has no config.json; name its GGUF file with gguf_file, or another folder.")
+            raise ConfigError(
+                f"gguf_file: got '{gguf_file}', which is not in {path}; found: {_names(local, '*.gguf')}."
+            )
+        if (
+            gguf_file is None
+            and not (local / "config.json").is_file()
+            and not (local / "adapter_config.json").is_file()
+        ):
+            raise ConfigError(
+                f"path: '{path}' has no config.json; name its GGUF file with gguf_file, or another folder."
+            )
     elif gguf_file is None and (path.startswith((".", "/", "~")) or path.count("/") > 1):
-        raise ConfigError(f"path: got '{path}', which is no folder; give an existing folder or a Hub name such as org/name.")
+        raise ConfigError(
+            f"path: got '{path}', which is no folder; give an existing folder or a Hub name such as org/name."
+        )
     return Source(str(path), gguf_file, revision)
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from pathlib import Path
 
 import pytest
 
+from benchmarks import docs
 from llmkd import catalog
 from llmkd.build import TABLES
 
-README = Path(__file__).parent.parent / "README.md"
 ENTRIES = catalog.entries()
 
 
@@ -52,7 +51,6 @@ def test_the_markdown_is_a_table_with_a_line_for_each_method():
     assert columns == {6}
 
 
-def test_readme_shows_the_table_of_the_code():
-    text = README.read_text()
-    shown = text.split("<!-- methods -->")[1].split("<!-- /methods -->")[0].strip()
-    assert shown == catalog.markdown(), "run: llmkd list --markdown"
+def test_generated_pages_are_what_code_recipes_and_results_say():
+    for file, text in docs.pages().items():
+        assert file.read_text() == text, f"{file.name} is stale; run: python -m benchmarks docs"

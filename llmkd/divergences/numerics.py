@@ -39,4 +39,6 @@ def log_mixture(p: Tensor, q: Tensor, weight: float) -> Tensor:
 def open_unit(name: str, value: float, at_zero: str, at_one: str) -> None:
     """Raise a ConfigError unless 0 < value < 1; the message names what the two ends stand for."""
     if not 0.0 < value < 1.0:
-        raise ConfigError(f"{name}: got {value}; expected 0 < {name} < 1. For {name}=0 {at_zero}, for {name}=1 {at_one}.")
+        raise ConfigError(
+            f"{name}: got {value}; expected 0 < {name} < 1. For {name}=0 {at_zero}, for {name}=1 {at_one}."
+        )

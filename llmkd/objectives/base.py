@@ -140,7 +140,9 @@ def _reduced(
             terms[_unique(name, terms)] = replace(term, scale=term.scale * weight)
     rows = teacher.rows if teacher is not None and any(term.needs_teacher for term in terms.values()) else None
     if rows is None and any(term.needs_teacher for term in terms.values()):
-        raise ConfigError("objective: it needs a teacher's logits, got none; give a teacher or use cross_entropy alone.")
+        raise ConfigError(
+            "objective: it needs a teacher's logits, got none; give a teacher or use cross_entropy alone."
+        )
     total, sums = reduce(list(terms.values()), student.rows, rows)  # type: ignore[arg-type]
     return {"total": total, **dict(zip(terms, sums, strict=True))}
 

@@ -132,12 +132,12 @@ def test_extends_and_overrides_reach_the_run(llmkd, recipe, tmp_path):
 
 
 def test_parts_of_the_users_own_module_are_found_from_here(llmkd, recipe, tmp_path):
-    (tmp_path / "my_losses.py").write_text(
+    (tmp_path / "own_losses.py").write_text(
         "def squared(log_t, log_s):\n"
         '    """sum_k (p_k - q_k)^2"""\n'
         "    return (log_t.exp() - log_s.exp()).square().sum(-1)\n"
     )
-    file = recipe({"objective": {"name": "token", "divergence": "my_losses:squared"}})
+    file = recipe({"objective": {"name": "token", "divergence": "own_losses:squared"}})
     done = llmkd("train", file, "train.max_steps=1")
     assert done.code == 0, done.err
 
