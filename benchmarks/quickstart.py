@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -31,7 +32,9 @@ def quickstart() -> None:
     (RESULTS / "quickstart.json").write_text(json.dumps({**shared, **result}, indent=2) + "\n")
     console = Console(record=True, width=86, file=open(os.devnull, "w"))  # noqa: SIM115
     show({**distilled, **shared}, Path("runs/quickstart"), console)
-    (RESULTS / "quickstart.svg").write_text(console.export_svg(title="llmkd train recipes/quickstart.yaml"))
+    picture = console.export_svg(title="llmkd train recipes/quickstart.yaml")
+    without_remote_fonts = re.sub(r"\s*@font-face \{.*?\}", "", picture, flags=re.DOTALL)
+    (RESULTS / "quickstart.svg").write_text(without_remote_fonts)
 
 
 def _run(recipe: str, folder: Path) -> dict[str, Any]:
