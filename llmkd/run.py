@@ -14,7 +14,6 @@ from transformers import set_seed
 
 from llmkd import build, zero3
 from llmkd import config as recipes
-from llmkd.callbacks import release
 from llmkd.checkpoints import complete_checkpoints
 from llmkd.data import prepare
 from llmkd.data.collate import Collator
@@ -117,10 +116,7 @@ def train(config: Mapping[str, Any], folder: Path, resume: bool = False, announc
         data_collator=Collator(built.tokenizer.pad_token_id, packing=spec.packing),
     )
     started = time.perf_counter()
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
-    finally:
-        release(trainer.callback_handler.callbacks)
+    trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
     if trainer.interrupt.stopped:
         raise Stopped(str(trainer.last_checkpoint()))
     trainer.stop_unless_finite()

@@ -16,7 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from llmkd.adapters.causal_lm import check_head, check_packing, vocabulary
 from llmkd.agreement import summary
-from llmkd.callbacks import AfterStep, Interrupt, Progress
+from llmkd.callbacks import AfterStep, Interrupt, Progress, release
 from llmkd.checkpoints import Checkpoints
 from llmkd.data.collate import Collator, pad_with_unsupervised
 from llmkd.data.sampler import EpochSampler
@@ -95,8 +95,8 @@ class DistillTrainer(Checkpoints, Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if hasattr(self.teacher, "prepare"):
-            self.teacher.prepare(self.accelerator)  # type: ignore[union-attr]
+        if self.teacher is not None:
+            self.teacher.prepare(self.accelerator)
         if getattr(self.data_collator, "packing", False):
             self._check_packing()
         self._train_meter, self._step_meter = Meter(), Meter()
@@ -114,6 +114,14 @@ class DistillTrainer(Checkpoints, Trainer):
         for model in (self.distiller.student, getattr(self.teacher, "model", None)):
             if model is not None:
                 check_packing(model, rows)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Trainer; however it ends, the bar is closed and Ctrl-C is Python's again."""
+        self._last_log = time.perf_counter()
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            release(self.callback_handler.callbacks)
 
     def compute_loss(
         self,

@@ -21,6 +21,10 @@ class Teacher(Protocol):
     tokenizer: Any
     vocab_size: int
 
+    def prepare(self, accelerator: Any) -> None:
+        """Called once, when the processes are known: move to the device, shard."""
+        ...
+
     def __call__(self, batch: Batch, needs: Collection[Signal], vocab_size: int | None = None) -> Outputs:
         """The signals `needs` of a batch; rows are cut to the first `vocab_size` columns."""
         ...
