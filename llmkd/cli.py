@@ -60,7 +60,7 @@ def train(
     if dry_run:
         _show_plan(config)
     elif smoke:
-        from llmkd.plan import smoke as run_smoke
+        from llmkd.smoke import smoke as run_smoke
 
         metrics = run_smoke(config, _announce)
         _announce(f"smoke: {metrics['train']['steps']} steps, loss {metrics['train']['loss']:.4g}: the recipe runs.")

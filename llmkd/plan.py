@@ -1,11 +1,9 @@
-"""`--dry-run` and `--smoke`: check a recipe to the end without its weights, or run two steps of it on tiny ones."""
+"""`--dry-run`: check a recipe to the end without its weights, and estimate the memory that it needs."""
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +12,6 @@ from llmkd import build
 from llmkd import config as recipes
 from llmkd.adapters.causal_lm import check_packing, vocabulary
 from llmkd.data import prepare
-from llmkd.data.load import DataSpec
 from llmkd.distributed import start_processes
 from llmkd.errors import ConfigError
 from llmkd.trainer import check_needs
@@ -24,7 +21,6 @@ from llmkd.zero3 import whole_models
 
 CHECKED_ROWS = 64
 GIB = 2**30
-SMOKE_TEXT = "Distillation lets a small model learn what a large one knows. " * 4
 
 
 def dry_run(config: Mapping[str, Any]) -> dict[str, float]:
@@ -98,8 +94,8 @@ def _with_adapter(parts: build.Parts) -> Any:
 def estimate(student: Any, teacher: Any, tokens: int) -> dict[str, float]:
     """Memory of one unsharded device, GiB: exact for weights, gradients and AdamW, a rule of thumb for activations.
 
-    Activations: 34 bytes a token, layer and hidden unit (Korthikanti et al. 2022, arXiv 2205.05198, without attention
-    scores), halved for the teacher's forward pass over one layer at a time.
+    Activations: 34 bytes a token, layer and hidden unit of the student (Korthikanti et al. 2022, arXiv 2205.05198, without
+    attention scores); the teacher, which keeps no graph, counts with its weights alone.
     """
     text = student.config.get_text_config()
     trained = sum(p.numel() * p.element_size() for p in student.parameters() if p.requires_grad)
@@ -115,48 +111,3 @@ def estimate(student: Any, teacher: Any, tokens: int) -> dict[str, float]:
     }
     sizes = {name: size / GIB for name, size in parts.items()}
     return {**sizes, "total": sum(sizes.values())}
-
-
-def smoke(config: Mapping[str, Any], announce: Any = print) -> dict[str, Any]:
-    """Two steps of the recipe on tiny random models of the same families, in seconds, without a network."""
-    from llmkd.run import train
-
-    small = copy.deepcopy(dict(config))
-    small["train"] = {**small["train"], "max_steps": 2, "per_device_train_batch_size": 2, "bf16": False, "fp16": False,
-                      "gradient_accumulation_steps": 1, "per_device_eval_batch_size": 2, "logging_steps": 1,
-                      "eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False,
-                      "report_to": "none", "push_to_hub": False}  # fmt: skip
-    for part in ("model", "teacher"):
-        if isinstance(small.get(part), Mapping):
-            small[part] = {key: value for key, value in small[part].items() if key not in ("attn_implementation",)}
-    with tempfile.TemporaryDirectory() as folder:
-        small["data"] = _small_data(build.data_spec(config), Path(folder))
-        with stand_in("smoke", _layers(config["model"])):
-            return train(small, Path(folder) / "run", announce=announce)
-
-
-def _layers(model: Any) -> int:
-    """Layers that tiny models need, so that those a recipe keeps exist."""
-    layers = model.get("layers") if isinstance(model, Mapping) else None
-    return max(layers) + 1 if isinstance(layers, list) and layers else layers if isinstance(layers, int) else 2
-
-
-def _small_data(spec: DataSpec, folder: Path) -> dict[str, Any]:
-    """A few short rows of the recipe's own data where it lies here, made-up ones where it is on the Hub."""
-    import json
-
-    kept = {"max_length": min(spec.max_length, 64), "packing": spec.packing}
-    if ":" in str(spec.path) or Path(str(spec.path)).exists():
-        local = spec.model_dump(include={"path", "split", "columns"}, exclude_defaults=True)
-        return {**local, **kept, "max_samples": 8, "held_out_every": 4, "max_eval_samples": 4}
-    rows = folder / "rows.jsonl"
-    rows.write_text("".join(json.dumps(_made_up(spec)) + "\n" for _ in range(8)))
-    return {"path": str(rows), **kept, "held_out_every": 4, "max_eval_samples": 4}
-
-
-def _made_up(spec: DataSpec) -> dict[str, Any]:
-    if "messages" in spec.columns:
-        return {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": SMOKE_TEXT}]}
-    if "prompt" in spec.columns:
-        return {"prompt": "Why distil? ", "completion": SMOKE_TEXT}
-    return {"text": SMOKE_TEXT}
