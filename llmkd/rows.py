@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from llmkd.fused import FusedSum, Term, one_dtype
+from llmkd.fused import FusedSum, Term
 from llmkd.heads import DenseRows, HeadRows, TopKRows, full
-from llmkd.support import log_softmax, pair
+from llmkd.support import pair
 
-__all__ = ["DenseRows", "HeadRows", "Term", "TopKRows", "full", "look", "per_row", "reduce", "weighted_sum"]
+__all__ = ["DenseRows", "HeadRows", "Term", "TopKRows", "full", "per_row", "reduce", "weighted_sum"]
 
 BUDGET_MB = 256
 CHUNK_TENSORS = 6  # [rows, vocab] fp32 tensors alive at once: both models' logits, log-probabilities, work space
@@ -106,32 +106,6 @@ def per_row(
 
     slices = chunk_slices(student, budget_mb, chunk_rows, tiled=False)
     return torch.cat([checkpoint(chunk, rows, *tensors, use_reentrant=False) for rows in slices])  # type: ignore[arg-type]
-
-
-@torch.no_grad()
-def look(
-    fn: Callable[[Tensor], Tensor],
-    rows: DenseRows | HeadRows,
-    *,
-    temperature: float = 1.0,
-    autocast: bool = False,
-    budget_mb: int = BUDGET_MB,
-    chunk_rows: int | None = None,
-) -> Tensor:
-    """fn(log_p) of every row, chunk by chunk and without a graph: for what one model alone shows.
-
-    Args:
-        fn: `log_p [m, V] -> [m, ...]`. rows: n rows of one model.
-        autocast: project in autocast's dtype, as `reduce` does the student, instead of the head's own.
-        temperature, budget_mb, chunk_rows: as in `weighted_sum`.
-
-    Returns:
-        [n, ...].
-    """
-    rows = rows.using(one_dtype(rows.tensors(), autocast))
-    slices = chunk_slices(rows, budget_mb, chunk_rows, tiled=False)
-    with torch.autocast(rows.tensors()[0].device.type, enabled=False):
-        return torch.cat([fn(log_softmax(rows.logits(part), temperature)) for part in slices])
 
 
 def chunk_slices(student: DenseRows | HeadRows, budget_mb: int, chunk_rows: int | None, tiled: bool) -> list[slice]:
