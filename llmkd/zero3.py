@@ -60,14 +60,14 @@ def announce(module: nn.Module, parameters: Iterable[Tensor]) -> None:
 def take_in(owner: nn.Module, inner: nn.Module) -> None:
     """Let `owner` gather the parameters of `inner`, a module that it calls a different number of times on each rank.
 
-    The hooks of `inner` would fetch at every call, and ranks would wait for each other for ever.
+    The hooks of `inner` would fetch at every call, and ranks would wait for each other for ever. A module without
+    parameters has such hooks, too: they fetch ahead for the modules after it.
     """
-    parameters = [parameter for parameter in inner.parameters() if hasattr(parameter, "ds_id")]
-    if parameters:
-        for module in inner.modules():
+    for module in inner.modules():
+        if hasattr(module, "ds_id"):  # DeepSpeed's mark on a module with its hooks
             module._forward_pre_hooks.clear()
             module._forward_hooks.clear()
-        announce(owner, parameters)
+    announce(owner, inner.parameters())
 
 
 def inference_engine(module: nn.Module, dtype: torch.dtype, world_size: int) -> nn.Module:

@@ -25,7 +25,8 @@ class TAID(StepDivergence):
 
     The official code returns the cross-entropy form; the value here is the true divergence (the gradient is the same), and
     the other form is reported as `taid_ce`. It moves t in every forward, also in validation and from each rank's own
-    loss; here t moves once an optimizer step, in training only, from the mean over all ranks.
+    loss; here t moves once an optimizer step, in training only, from the mean over all ranks. On top-k rows the tail is
+    interpolated as one event.
 
     Args:
         t_start: in [0, 1). t_end: in (0, 1], above t_start.
@@ -83,7 +84,7 @@ class TAID(StepDivergence):
         if self.adaptive and math.isfinite(self.previous):
             relative = (self.previous - loss) / (self.previous + 1e-15)
             self.momentum = self.beta * self.momentum + (1 - self.beta) * relative
-            self.delta = self.alpha * (1 - self.t) / (1 + math.exp(-self.momentum))
+            self.delta = self.alpha * (1 - self.t) * 0.5 * (1 + math.tanh(self.momentum / 2))  # the sigmoid
         if not self.adaptive or math.isfinite(self.previous):
             self.t = min(self.t_end, max(floor, self.t + self.delta))
         self.previous = loss

@@ -96,6 +96,13 @@ def test_schedule_of_large_steps():
     assert taid.momentum == pytest.approx(0.00995, abs=1e-12)
 
 
+def test_a_loss_that_leaps_from_almost_nothing_is_no_overflow():
+    taid = TAID(alpha=1.0, beta=0.0)
+    once = 0.4 + 0.6 / (1 + math.exp(-1))
+    assert run(taid, [1e-12, 1e3, 0.0, 1.0], 1e9) == pytest.approx([0.4, 0.4, once, once], abs=1e-9)
+    assert taid.momentum == pytest.approx(-1e15)
+
+
 def test_schedule_laws():
     losses = [2.0, 3.0, 0.1, 5.0, 0.01] * 20
     values = run(TAID(t_start=0.2, t_end=0.9, alpha=0.5), losses, 100)
@@ -165,18 +172,33 @@ def history(trainer: DistillTrainer) -> list[tuple[float, float]]:
 
 def test_t_moves_once_an_optimizer_step_from_the_whole_window(make_trainer):
     """The official code moves it in every forward: once a micro-batch, from that micro-batch's loss, in evaluation too."""
-    whole, split = make_trainer(8, 1, eval_strategy="steps", eval_steps=1), make_trainer(1, 8)
-    whole.train()
-    split.train()
+    whole, halves, split = (
+        make_trainer(8, 1, eval_strategy="steps", eval_steps=1),
+        make_trainer(4, 2),
+        make_trainer(1, 8),
+    )
+    for trainer in (whole, halves, split):
+        trainer.train()
     assert len(history(whole)) == 6
-    for one, other in zip(history(whole), history(split), strict=True):
-        assert one == pytest.approx(other, abs=1e-6)
+    for other in (halves, split):
+        for one, two in zip(history(whole), history(other), strict=True):
+            assert one == pytest.approx(two, abs=1e-6)
     used, after = zip(*history(whole), strict=True)
     assert used[0] == used[1] == 0.4
     assert used[1:] == after[:-1]
     assert after[-1] > 0.7
     logged = [entry for entry in whole.state.log_history if "taid_ce" in entry and "loss" in entry]
     assert all(entry["taid_ce"] > entry["taid"] >= 0 for entry in logged)
+
+
+def test_a_run_counts_its_steps_as_the_golden_sequence_does(make_trainer):
+    """After step n of N, from 0, t is at least t_start + (t_end - t_start) n / N; the first step leaves it."""
+    trainer = make_trainer(max_steps=10, save_strategy="no")
+    trainer.distiller.objective.fn.alpha = 5e-4
+    trainer.train()
+    floors = [0.4, 0.46, 0.52, 0.58, 0.64, 0.70, 0.76, 0.82, 0.88, 0.94]
+    assert [after for _, after in history(trainer)] == pytest.approx(floors, abs=1e-12)
+    assert [used for used, _ in history(trainer)] == pytest.approx([0.4, *floors[:-1]], abs=1e-12)
 
 
 def test_resume_keeps_every_bit_of_the_schedule(make_trainer):
