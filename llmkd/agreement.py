@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -20,12 +21,34 @@ def measure(
         nll: -log q(y), nats. With a teacher also kl: KL(p || q), nats; top1_agreement: rows where both have the same
         most likely event; teacher_nll: -log p(y), nats, where the teacher's rows are over the whole vocabulary.
     """
-    terms = {"nll": Term(_nll, per_row=(labels,), needs_teacher=False)}
+    return _sums(student, teacher, labels, {"nll": _nll})
+
+
+def measure_classes(
+    student: DenseRows | HeadRows, teacher: DenseRows | HeadRows | TopKRows | None, labels: Tensor
+) -> dict[str, Tensor]:
+    """Sums over the n labelled examples, no gradient.
+
+    Returns:
+        accuracy: examples whose most likely class is the label. With a teacher also kl and top1_agreement as in `measure`,
+        and teacher_accuracy where the teacher's rows are over all classes.
+    """
+    return _sums(student, teacher, labels, {"accuracy": _right})
+
+
+def _sums(
+    student: DenseRows | HeadRows,
+    teacher: DenseRows | HeadRows | TopKRows | None,
+    labels: Tensor,
+    of_one: dict[str, Callable[..., Tensor]],
+) -> dict[str, Tensor]:
+    """`of_one`, functions of (anything, log_p, labels), of the student and of the teacher; how close the two are."""
+    terms = {name: Term(fn, per_row=(labels,), needs_teacher=False) for name, fn in of_one.items()}
     if teacher is not None:
         terms["kl"] = Term(forward_kl)
         terms["top1_agreement"] = Term(_agrees)
         if not isinstance(teacher, TopKRows):
-            terms["teacher_nll"] = Term(_teacher_nll, per_row=(labels,))
+            terms |= {f"teacher_{name}": Term(_of_teacher(fn), per_row=(labels,)) for name, fn in of_one.items()}
     with torch.no_grad():
         _, sums = reduce(list(terms.values()), student, teacher)
     return dict(zip(terms, sums, strict=True))
@@ -42,12 +65,21 @@ def summary(means: dict[str, float], nats_per_byte: dict[str, float]) -> dict[st
     return out
 
 
+def summary_of_classes(means: dict[str, float], nats_per_byte: dict[str, float]) -> dict[str, float]:
+    """Per-example means -> kl, top1_agreement, accuracy and teacher_accuracy: the same numbers."""
+    return means
+
+
 def _nll(log_t: Tensor | None, log_s: Tensor, labels: Tensor) -> Tensor:
     return -log_s.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 
-def _teacher_nll(log_t: Tensor, log_s: Tensor, labels: Tensor) -> Tensor:
-    return _nll(None, log_t, labels)
+def _right(log_t: Tensor | None, log_s: Tensor, labels: Tensor) -> Tensor:
+    return (log_s.argmax(-1) == labels).to(log_s.dtype)
+
+
+def _of_teacher(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda log_t, log_s, labels: fn(None, log_t, labels)
 
 
 def _agrees(log_t: Tensor, log_s: Tensor) -> Tensor:

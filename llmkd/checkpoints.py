@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
-from llmkd.adapters.causal_lm import unwrap
+from llmkd.adapters import unwrap
 from llmkd.disk import need_space, saving
 from llmkd.zero3 import gathered, size
 

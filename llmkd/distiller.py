@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llmkd.adapters.causal_lm import read, unwrap
-from llmkd.agreement import measure
+from llmkd.adapters import adapter_of, unwrap
 from llmkd.objectives.base import Objective
 from llmkd.types import Loss, Outputs, row_labels
 from llmkd.zero3 import announce, take_in
@@ -18,7 +18,7 @@ class Distiller(nn.Module):
     """One forward: read the student, apply the objective. Only `.student` is exported.
 
     Args:
-        student: a Hugging Face causal LM or its PEFT wrapper.
+        student: a Hugging Face causal LM or sequence classifier, or its PEFT wrapper.
         objective: any Objective; its parameters train and sync with the student's.
         vocab_size: columns of the heads to compare (the tokenizer's), or None for all.
     """
@@ -29,7 +29,8 @@ class Distiller(nn.Module):
         super().__init__()
         self.student = student
         self.objective = objective
-        self.agreement = Agreement()
+        self.adapter = adapter_of(student)
+        self.agreement = Agreement(self.adapter.measure)
         self.vocab_size = vocab_size
 
     @property
@@ -53,7 +54,7 @@ class Distiller(nn.Module):
 
     def forward(self, teacher: Outputs | None = None, **batch: Tensor) -> Loss:
         """The objective's sums; in eval mode, `agreement.measure`'s sums as well."""
-        student = read(self.student, batch, self.objective.needs, self.vocab_size)
+        student = self.adapter.read(self.student, batch, self.objective.needs, self.vocab_size)
         for user in (self.objective, self.agreement):
             announce(user, student.rows.parameters())  # type: ignore[union-attr]
         for module in self.objective.row_modules():
@@ -65,11 +66,15 @@ class Distiller(nn.Module):
 
 
 class Agreement(nn.Module):
-    """`agreement.measure` as a module, so that sharding frameworks gather the head for it."""
+    """What the adapter measures, as a module, so that sharding frameworks gather the head for it."""
+
+    def __init__(self, measure: Callable[..., dict[str, Tensor]]) -> None:
+        super().__init__()
+        self.measure = measure
 
     @torch.no_grad()
     def forward(self, student: Outputs, teacher: Outputs | None, batch: dict[str, Tensor]) -> Loss:
-        """Sums of nll, and with a teacher of kl, top1_agreement and teacher_nll, named `agreement.*`."""
+        """Sums named `agreement.*`: of a text nll, kl, top1_agreement, teacher_nll; of classes accuracy instead of nll."""
         rows = teacher.rows if teacher is not None else None
-        sums = measure(student.rows, rows, row_labels(batch))  # type: ignore[arg-type]
+        sums = self.measure(student.rows, rows, row_labels(batch))  # type: ignore[arg-type]
         return {f"agreement.{name}": value for name, value in sums.items()}

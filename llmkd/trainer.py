@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,11 +14,10 @@ from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from llmkd.adapters.causal_lm import check_head, check_packing, vocabulary
-from llmkd.agreement import summary
+from llmkd.adapters import adapter_of
 from llmkd.callbacks import AfterStep, Interrupt, Progress, release
 from llmkd.checkpoints import Checkpoints
-from llmkd.data.collate import Collator, pad_with_unsupervised
+from llmkd.data.collate import collator, pad_with_unsupervised
 from llmkd.data.sampler import EpochSampler
 from llmkd.distiller import Distiller
 from llmkd.distributed import min_over_ranks
@@ -29,7 +28,6 @@ from llmkd.students import as_student
 from llmkd.teachers import Teacher, as_teacher
 from llmkd.types import Outputs, Signal
 from llmkd.versions import peak_memory_mb
-from llmkd.vocabulary import common_columns
 from llmkd.weights import load_tokenizer, locate
 from llmkd.zero3 import inferring
 
@@ -41,14 +39,15 @@ class DistillTrainer(Checkpoints, Trainer):
     into devices, accumulation steps and micro-batches, and any padding.
 
     Args:
-        model: the student: a Hub name, a local path, or a causal LM (its PEFT wrapper, too).
-        teacher: a Hub name, a local path, a causal LM, or any `Teacher`; None for objectives that need none.
+        model: the student: a Hub name, a local path, a causal LM or a sequence classifier (its PEFT wrapper, too).
+        teacher: a Hub name, a local path, a model of that kind, or any `Teacher`; None for objectives that need none.
         objective: what to minimise, such as `Mix([TokenDistill("forward_kl"), CrossEntropy()], weights=[1.0, 0.1])`.
         args: transformers.TrainingArguments, as they are.
-        train_dataset, eval_dataset: tokenised rows with `input_ids` and `labels` (see `llmkd.data.prepare`).
+        train_dataset, eval_dataset: tokenised rows with `input_ids` and `labels` (see `llmkd.data.prepare`); a
+            classifier's have one `label`, -100 where it is not known.
         processing_class: the tokenizer; it decides which columns of the heads are tokens.
         peft_config: train a LoRA (or other PEFT) adapter of the student instead of all weights.
-        data_collator: default `Collator`. callbacks, optimizers: as in Trainer.
+        data_collator: default `data.collate.collator`. callbacks, optimizers: as in Trainer.
 
     Raises:
         ConfigError: the objective needs what the teacher does not provide, or the tokenizers differ.
@@ -76,19 +75,16 @@ class DistillTrainer(Checkpoints, Trainer):
         student, processing_class = _student(model, processing_class)
         self.teacher = as_teacher(teacher)
         check_needs(objective, self.teacher)
-        teacher_size, teacher_tokenizer = (
-            (self.teacher.vocab_size, self.teacher.tokenizer) if self.teacher else (None, None)
-        )
-        columns = common_columns(vocabulary(student), teacher_size, processing_class, teacher_tokenizer)
+        adapter = adapter_of(student)
+        columns = adapter.columns(student, self.teacher, processing_class)
         if peft_config is not None:
             student = get_peft_model(student, peft_config)  # type: ignore[arg-type]
-        check_head(student)
+        adapter.check(student)
         self.distiller = Distiller(student, objective, columns)
-        pad_id = getattr(processing_class, "pad_token_id", None)
         super().__init__(
             model=self.distiller,
             args=args,
-            data_collator=data_collator or Collator(0 if pad_id is None else pad_id),
+            data_collator=data_collator or collator(adapter.unit, processing_class),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -113,7 +109,7 @@ class DistillTrainer(Checkpoints, Trainer):
         rows = max(self.args.train_batch_size, self.args.eval_batch_size)
         for model in (self.distiller.student, getattr(self.teacher, "model", None)):
             if model is not None:
-                check_packing(model, rows)
+                adapter_of(model).check_packing(model, rows)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in Trainer; however it ends, the bar is closed and Ctrl-C is Python's again."""
@@ -189,7 +185,7 @@ class DistillTrainer(Checkpoints, Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """The objective and `agreement.measure` on fixed data: token-weighted over all ranks, deterministic."""
+        """The objective and the adapter's measures on fixed data: token-weighted over all ranks, deterministic."""
         meter, samples = Meter(), 0
         with self._eval_model() as model, torch.random.fork_rng(devices=[]):  # a data loader draws a seed
             model.eval()
@@ -204,14 +200,14 @@ class DistillTrainer(Checkpoints, Trainer):
         totals = meter.totals()
         if not totals.get("items"):
             raise ConfigError("eval_dataset: it has no supervised token; expected at least one label that is not -100.")
-        report = {**_report(totals), "peak_memory_mb": peak_memory_mb()}
+        report = {**_report(totals, self.distiller.adapter.summary), "peak_memory_mb": peak_memory_mb()}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in report.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=samples)  # type: ignore[arg-type]
 
     def _counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         counts = {"items": (batch["labels"] != -100).sum()}
         tokenizer: Any = self.processing_class
-        if tokenizer is not None:
+        if tokenizer is not None and self.distiller.adapter.unit == "token":
             texts = tokenizer.batch_decode([row[row != -100] for row in batch["labels"].cpu()])
             size = sum(len(text.encode()) for text in texts)
             counts["bytes"] = torch.tensor(size, device=counts["items"].device)
@@ -290,8 +286,8 @@ def _means(totals: dict[str, float]) -> dict[str, float]:
     return {name: value / items for name, value in totals.items()}
 
 
-def _report(totals: dict[str, float]) -> dict[str, float]:
-    """Evaluation sums -> loss, every term's mean, and agreement's summary."""
+def _report(totals: dict[str, float], summary: Callable[..., dict[str, float]]) -> dict[str, float]:
+    """Evaluation sums -> loss, every term's mean, and the summary of the adapter's measures."""
     size = totals.pop("bytes", 0.0)
     nll = {name: totals.get(f"agreement.{name}") for name in ("nll", "teacher_nll")}
     per_byte = {name: value / size for name, value in nll.items() if value is not None and size}

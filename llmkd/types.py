@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     Rows = HeadRows | DenseRows | TopKRows
 
 Batch = Mapping[str, Tensor]
-"""input_ids, attention_mask, position_ids [B, T]; labels [B, T] with -100 = not supervised and never a label at position 0."""
+"""input_ids, attention_mask, position_ids [B, T]; labels with -100 = not supervised.
+
+labels [B, T] are tokens, never one at position 0: a row predicts the next token. labels [B] are classes: a row an example.
+"""
 
 Loss = dict[str, Tensor]
 """`total`: a differentiable SUM over supervised items; every other entry: a detached sum with the same denominator.
@@ -47,16 +50,21 @@ class Outputs:
 
 
 def supervised_rows(batch: Batch) -> Tensor:
-    """Flat indices [N] into [B * T] of the positions whose *next* token is supervised, in batch order.
+    """Indices [N] of the rows that predict a supervised label, in batch order.
 
-    The collator computes them as `batch["rows"]` before the batch goes to the device, which spares the step a host
+    For tokens, labels [B, T], into [B * T]: the positions whose *next* token is supervised. For classes, labels [B], into
+    [B]. The collator computes them as `batch["rows"]` before the batch goes to the device, which spares the step a host
     sync; otherwise they follow from the labels. The causal shift happens here and nowhere else.
     """
     if "rows" in batch:
         return batch["rows"]
-    return (batch["labels"][:, 1:] != -100).nonzero() @ batch["labels"].new_tensor([batch["labels"].shape[1], 1])
+    labels = batch["labels"]
+    if labels.dim() == 1:
+        return (labels != -100).nonzero().squeeze(-1)
+    return (labels[:, 1:] != -100).nonzero() @ labels.new_tensor([labels.shape[1], 1])
 
 
 def row_labels(batch: Batch) -> Tensor:
     """The label [N] that each supervised row predicts."""
-    return batch["labels"].flatten()[supervised_rows(batch) + 1]
+    labels = batch["labels"]
+    return labels.flatten()[supervised_rows(batch) + (labels.dim() > 1)]

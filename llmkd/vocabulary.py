@@ -23,7 +23,7 @@ def common_columns(student_size: int, teacher_size: int | None, tokenizer: Any, 
         ConfigError: the tokenizers differ (the first differing id is named), or a head is too small for them.
     """
     if tokenizer is not None and teacher_tokenizer is not None:
-        _same_tokens(tokenizer, teacher_tokenizer)
+        same_tokens(tokenizer, teacher_tokenizer)
     sizes = [size for size in (student_size, teacher_size) if size is not None]
     if tokenizer is None:
         if len(set(sizes)) > 1:
@@ -43,7 +43,8 @@ def common_columns(student_size: int, teacher_size: int | None, tokenizer: Any, 
     return None if tokens == max(sizes) else tokens
 
 
-def _same_tokens(ours: Any, theirs: Any) -> None:
+def same_tokens(ours: Any, theirs: Any, instead: str = INSTEAD) -> None:
+    """Raise a ConfigError, which names the first id that differs and what to do `instead`, unless two tokenizers are one."""
     mine, other = ours.get_vocab(), theirs.get_vocab()
     if mine == other:
         return
@@ -51,5 +52,5 @@ def _same_tokens(ours: Any, theirs: Any) -> None:
     first = min(index for index in by_id.keys() | other_by_id.keys() if by_id.get(index) != other_by_id.get(index))
     raise ConfigError(
         f"tokenizers differ: id {first} is {by_id.get(first)!r} for the student and {other_by_id.get(first)!r} for the "
-        f"teacher; expected the same token for every id. {INSTEAD}."
+        f"teacher; expected the same token for every id. {instead}."
     )

@@ -154,8 +154,11 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
 
 
 def load_model(source: Source, dtype: str = "auto", trust_remote_code: bool = False, **kwargs: Any) -> Any:
-    """A causal LM in `dtype`; `auto` is the checkpoint's own, and bfloat16 for a GGUF file, which has none."""
-    from transformers import AutoModelForCausalLM, GgufConfig
+    """A causal LM, or a sequence classifier if the checkpoint says that it is one, in `dtype`.
+
+    `auto` is the checkpoint's own, and bfloat16 for a GGUF file, which has none.
+    """
+    from transformers import GgufConfig
 
     if source.gguf_file is not None:
         kwargs["quantization_config"] = GgufConfig(dequantize=True)
@@ -164,15 +167,23 @@ def load_model(source: Source, dtype: str = "auto", trust_remote_code: bool = Fa
         return _tiny_like(source, trust_remote_code)
     if _STAND_IN.get() == "plan":
         return _planned(load_config(source, trust_remote_code), dtype, trust_remote_code)
-    load = AutoModelForCausalLM.from_pretrained
+    config = None if source.gguf_file is not None else load_config(source, trust_remote_code)
+    load = _kind(config).from_pretrained
     return _loading(source, load, dtype=dtype, trust_remote_code=trust_remote_code, **kwargs)
 
 
 def _planned(config: Any, dtype: str, trust_remote_code: bool) -> Any:
-    from transformers import AutoModelForCausalLM
-
     wanted = (config.dtype or "float32") if dtype == "auto" else dtype
-    return AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
+    return _kind(config).from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
+
+
+def _kind(config: Any) -> Any:
+    """The auto class that a checkpoint's config names."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    named = getattr(config, "architectures", None) or ()
+    classifies = any(name.endswith("ForSequenceClassification") for name in named)
+    return AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
 
 
 def _tiny_like(source: Source, trust_remote_code: bool) -> Any:

@@ -7,7 +7,8 @@ import torch
 from oracles import dense_rows
 from torch import Tensor
 
-from llmkd.adapters.causal_lm import check_head, check_packing, freeze, head_settings, read, vocabulary
+from llmkd.adapters import freeze
+from llmkd.adapters.causal_lm import check_head, check_packing, head_settings, read, vocabulary
 from llmkd.data.collate import Collator
 from llmkd.divergences import DIVERGENCES
 from llmkd.errors import ConfigError

@@ -8,11 +8,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from llmkd.adapters.base import Adapter, unwrap
+from llmkd.agreement import measure, summary
 from llmkd.errors import ConfigError
 from llmkd.rows import HeadRows
 from llmkd.types import Batch, Outputs, Signal, supervised_rows
+from llmkd.vocabulary import common_columns
 
 DIVIDES = {"granite", "granitemoe", "granitemoeshared", "granitemoehybrid", "granite_swa", "granitemoe_swa"}
 
@@ -40,11 +43,6 @@ def read(model: nn.Module, batch: Batch, needs: Collection[Signal], vocab_size: 
     scale, softcap = head_settings(base.config)
     rows = HeadRows(hidden, head_of(base), scale=scale, softcap=softcap, vocab_size=vocab_size)
     return Outputs(rows=rows, hidden_states=out.get("hidden_states"), attentions=out.get("attentions"))
-
-
-def unwrap(model: nn.Module) -> Any:
-    """The Hugging Face model inside a PEFT wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
 def head_of(base: Any) -> Any:
@@ -169,7 +167,25 @@ def vocabulary(model: nn.Module) -> int:
     return unwrap(model).config.get_text_config().vocab_size
 
 
-def freeze(model: nn.Module) -> nn.Module:
-    """Switch off gradients and dropout."""
-    model.requires_grad_(False)
-    return model.eval()
+def columns(student: nn.Module, teacher: Any, tokenizer: Any) -> int | None:
+    """`vocabulary.common_columns` of the two models; `teacher` is a Teacher or None."""
+    size, theirs = (teacher.vocab_size, teacher.tokenizer) if teacher is not None else (None, None)
+    return common_columns(vocabulary(student), size, tokenizer, theirs)
+
+
+def head_parameters(model: nn.Module) -> list[Tensor]:
+    """The output head's weight and bias."""
+    return list(head_of(unwrap(model)).parameters())
+
+
+CAUSAL_LM = Adapter(
+    unit="token",
+    read=read,
+    check=check_head,
+    check_packing=check_packing,
+    width=vocabulary,
+    columns=columns,
+    head=head_parameters,
+    measure=measure,
+    summary=summary,
+)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmkd.adapters.causal_lm import check_head, freeze, head_of, read, unwrap, vocabulary
+from llmkd.adapters import Adapter, adapter_of, freeze
 from llmkd.types import Batch, Outputs, Signal
 from llmkd.weights import load_model, load_tokenizer, locate
 from llmkd.zero3 import gathered, inference_engine
@@ -20,18 +20,19 @@ class LocalTeacher:
     Under ZeRO-3 it is sharded over the ranks, with a config of its own; only its head is whole on every rank.
 
     Args:
-        model: a causal LM; it is frozen and put into eval mode.
+        model: a causal LM or a sequence classifier; it is frozen and put into eval mode.
         tokenizer: its tokenizer, to compare vocabularies with the student's; None if unknown.
     """
 
     provides = frozenset({Signal.LOGITS, Signal.HIDDEN_STATES, Signal.ATTENTIONS})
 
     def __init__(self, model: nn.Module, tokenizer: Any = None) -> None:
-        check_head(model)
+        self.adapter = adapter_of(model)
+        self.adapter.check(model)
         self.model = freeze(model)
         self.tokenizer = tokenizer
-        self.vocab_size = vocabulary(model)
-        self._reader: nn.Module = _Reader(model)
+        self.vocab_size = self.adapter.width(model)
+        self._reader: nn.Module = _Reader(model, self.adapter)
         self._head: list[torch.Tensor] = []
 
     @torch.no_grad()
@@ -49,21 +50,22 @@ class LocalTeacher:
         if plugin is None or plugin.zero_stage != 3:
             self.model.to(accelerator.device)
             return
-        head = head_of(unwrap(self.model))
-        with gathered(head.parameters()):
-            self._head = [parameter.detach().to(accelerator.device, copy=True) for parameter in head.parameters()]
-        self._reader = inference_engine(self._reader, self._head[0].dtype, accelerator.num_processes)
+        head = list(self.adapter.head(self.model))
+        with gathered(head):
+            self._head = [parameter.detach().to(accelerator.device, copy=True) for parameter in head]
+        dtype = next(iter(self._head or self.model.parameters())).dtype
+        self._reader = inference_engine(self._reader, dtype, accelerator.num_processes)
 
 
 class _Reader(nn.Module):
     """`read` as a module's forward: what ZeRO-3's hooks need."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, adapter: Adapter) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.adapter = model, adapter
 
     def forward(self, batch: Batch, needs: Collection[Signal], vocab_size: int | None) -> Outputs:
-        return read(self.model, batch, needs, vocab_size)
+        return self.adapter.read(self.model, batch, needs, vocab_size)
 
 
 def local(
