@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from llmkd.distiller import Distiller
     from llmkd.divergences import DIVERGENCES
     from llmkd.objectives import OBJECTIVES, CrossEntropy, Mix, Objective, TokenDistill
+    from llmkd.policies import POLICIES
+    from llmkd.schedules import SCHEDULES
     from llmkd.students import STUDENTS
     from llmkd.teachers import TEACHERS, LocalTeacher, Teacher
     from llmkd.trainer import DistillTrainer
@@ -24,14 +26,16 @@ _HOME = {
     "TokenDistill": "objectives",
     "CrossEntropy": "objectives",
     "Mix": "objectives",
+    "POLICIES": "policies",
+    "SCHEDULES": "schedules",
     "STUDENTS": "students",
     "TEACHERS": "teachers",
     "Teacher": "teachers",
     "LocalTeacher": "teachers",
 }
 
-__all__ = ["DIVERGENCES", "OBJECTIVES", "STUDENTS", "TEACHERS", "CrossEntropy", "DistillTrainer", "Distiller",
-           "LocalTeacher", "Mix", "Objective", "Teacher", "TokenDistill"]  # fmt: skip
+__all__ = ["DIVERGENCES", "OBJECTIVES", "POLICIES", "SCHEDULES", "STUDENTS", "TEACHERS", "CrossEntropy", "DistillTrainer",
+           "Distiller", "LocalTeacher", "Mix", "Objective", "Teacher", "TokenDistill"]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -11,13 +11,18 @@ from llmkd.data.load import DataSpec
 from llmkd.divergences import DIVERGENCES
 from llmkd.errors import ConfigError
 from llmkd.objectives import OBJECTIVES, Mix, Objective
+from llmkd.policies import POLICIES
+from llmkd.schedules import SCHEDULES, as_schedule
 from llmkd.students import STUDENTS
 from llmkd.teachers import TEACHERS
 from llmkd.weights import load_tokenizer, locate
 
+SCHEDULED = ("temperature", "weight")  # keys of an objective that take a number or a schedule
 TABLES: dict[str, Mapping[str, Callable[..., Any]]] = {
     "divergence": DIVERGENCES,
     "objective": OBJECTIVES,
+    "policy": POLICIES,
+    "schedule": SCHEDULES,
     "teacher": TEACHERS,
     "model": STUDENTS,
 }
@@ -40,27 +45,37 @@ def data_spec(config: Mapping[str, Any]) -> DataSpec:
 
 
 def objective(spec: Any) -> Objective:
-    """The `objective:` block: a name, a mapping, or a list of mappings with a `weight` each."""
+    """The `objective:` block: a name, a mapping, or a list of mappings with a `weight` each, a number or a schedule."""
     entries = spec if isinstance(spec, list) else [spec]
     parts, weights = [], []
     for entry in entries:
         options = dict(entry) if isinstance(entry, Mapping) else {"name": entry}
-        weight = options.pop("weight", 1.0)
-        if isinstance(weight, bool) or not isinstance(weight, int | float):
-            raise ConfigError(f"objective.weight: got {weight!r}; expected a number.")
+        for key in SCHEDULED:
+            if isinstance(options.get(key), Mapping):
+                options[key] = recipes.build("schedule", options[key], TABLES)
+        weights.append(as_schedule(options.pop("weight", 1.0), "objective.weight"))
         parts.append(recipes.build("objective", options, TABLES))
-        weights.append(float(weight))
     return Mix(parts, weights)
 
 
 def parts(config: Mapping[str, Any]) -> Parts:
     """Build every part; within `weights.stand_in` this loads no weights."""
     goal = objective(config["objective"])
+    _check_spans(goal, config)
     peft_config = peft(config.get("peft"))
     model_spec, teacher_spec = _spec(config["model"], "pretrained"), _spec(config.get("teacher"), "local")
     teacher = recipes.build("teacher", teacher_spec, TABLES) if teacher_spec else None
     model = recipes.build("model", model_spec, TABLES, teacher_model=getattr(teacher, "model", None))
     return Parts(model, teacher, goal, tokenizer(config), peft_config)
+
+
+def _check_spans(goal: Objective, config: Mapping[str, Any]) -> None:
+    """Raise a ConfigError if the objective reads spans that the data do not have, or the other way round."""
+    given = (config.get("data") or {}).get("spans")
+    if "spans" in goal.reads and given is None:
+        raise ConfigError("data.spans: got nothing; expected a chunker, as the objective reads spans. Set punctuation.")
+    if given is not None and "spans" not in goal.reads:
+        raise ConfigError(f"data.spans: got '{given}', which no objective reads. Remove it, or add the objective span.")
 
 
 def tokenizer(config: Mapping[str, Any]) -> Any:

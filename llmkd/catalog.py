@@ -7,7 +7,8 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-KINDS = ("divergence", "objective", "teacher", "model")
+KINDS = ("divergence", "objective", "policy", "schedule", "teacher", "model")
+METHODS = ("divergence", "objective", "policy", "schedule")
 PAPER = re.compile(r"^Reference: (.+?)\.?$", re.MULTILINE)
 FIDELITY = re.compile(r"^Fidelity: (.+?)\.?$", re.MULTILINE)
 
@@ -47,10 +48,10 @@ def _field(pattern: re.Pattern[str], text: str) -> str:
 def _knobs(target: Callable) -> str:
     parameters = inspect.signature(target).parameters.values()
     shown = (p for p in parameters if p.default is not p.empty and p.default is not None)
-    return ", ".join(f"{p.name}={p.default!r}" for p in shown)
+    return ", ".join(f"{p.name}={getattr(p.default, '__name__', repr(p.default))}" for p in shown)
 
 
-def markdown(kinds: tuple[str, ...] = ("divergence", "objective")) -> str:
+def markdown(kinds: tuple[str, ...] = METHODS) -> str:
     """The method table of README, as Markdown."""
     lines = ["| name | what it computes | paper | checked | defaults |", "|---|---|---|---|---|"]
     for kind in kinds:

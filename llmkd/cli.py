@@ -71,7 +71,7 @@ def train(
 @app.command(name="list")
 def list_(
     kind: Annotated[
-        str | None, typer.Argument(help="divergence, objective, teacher or model; all if left out.")
+        str | None, typer.Argument(help="divergence, objective, policy, schedule, teacher or model; all if left out.")
     ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table that README shows.")] = False,
 ) -> None:

@@ -163,7 +163,7 @@ def build(kind: str, spec: str | Mapping[str, Any], tables: Mapping[str, Mapping
     if not isinstance(name, str):
         raise ConfigError(f"{kind}: got {spec!r}; expected a name or a mapping with 'name'.")
     target, parameters = _target(kind, name, tables[kind])
-    rows = kind == "divergence" and not isinstance(target, type)
+    rows = kind in ("divergence", "policy") and not isinstance(target, type)
     named = {key: p for key, p in parameters.items() if p.kind in NAMED and not (rows and _positional(p))}
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     arguments = {key: value for key, value in given.items() if key in named}

@@ -55,8 +55,8 @@ class FusedSum(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         needed = ctx.needs_input_grad[4:]
         count = len(student.tensors())
-        work = student.using(_one_dtype([t.detach() for t in tensors[:count]], autocast=True))
-        teacher = teacher.using(_one_dtype(teacher.tensors(), autocast=False)) if teacher is not None else None
+        work = student.using(one_dtype([t.detach() for t in tensors[:count]], autocast=True))
+        teacher = teacher.using(one_dtype(teacher.tensors(), autocast=False)) if teacher is not None else None
         grads = [_buffer(t) if need else None for t, need in zip(tensors, needed, strict=True)]
         trained = [(t, g) for t, g in zip(tensors[count:], grads[count:], strict=True) if g is not None]
         tally = _Tally(terms, teacher, any(needed[:count]), trained, tensors[0])
@@ -82,7 +82,7 @@ class FusedSum(torch.autograd.Function):
         return None, None, None, None, *grads
 
 
-def _one_dtype(tensors: Sequence[Tensor], autocast: bool) -> list[Tensor]:
+def one_dtype(tensors: Sequence[Tensor], autocast: bool) -> list[Tensor]:
     """Bring hidden states and head to one dtype: autocast's where it is on (the student), else the head's own."""
     if len(tensors) < 2:
         return list(tensors)

@@ -34,6 +34,10 @@ class DenseRows:
         """What gradients flow to."""
         return [self.values]
 
+    def parameters(self) -> list[Tensor]:
+        """None: no head is left to project with."""
+        return []
+
     def using(self, tensors: Sequence[Tensor]) -> DenseRows:
         """The same rows computed from other tensors (detached, cast or gathered ones)."""
         return DenseRows(tensors[0])

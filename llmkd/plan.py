@@ -10,12 +10,11 @@ import torch
 
 from llmkd import build
 from llmkd import config as recipes
-from llmkd.adapters.causal_lm import check_packing, vocabulary
+from llmkd.adapters import adapter_of
 from llmkd.data import prepare
 from llmkd.distributed import start_processes
 from llmkd.errors import ConfigError
 from llmkd.trainer import check_needs
-from llmkd.vocabulary import common_columns
 from llmkd.weights import reading_once, stand_in
 from llmkd.zero3 import whole_models
 
@@ -40,7 +39,7 @@ def dry_run(config: Mapping[str, Any]) -> dict[str, float]:
         parts, student = check(config)
     for model in (student, getattr(parts.teacher, "model", None)) if spec.packing else ():
         if model is not None:
-            check_packing(model, max(args.train_batch_size, args.eval_batch_size))
+            adapter_of(model).check_packing(model, max(args.train_batch_size, args.eval_batch_size))
     rows = min(spec.max_samples or CHECKED_ROWS, CHECKED_ROWS)
     prepare(spec.model_copy(update={"max_samples": rows}), parts.tokenizer)
     return estimate(student, getattr(parts.teacher, "model", None), args.per_device_train_batch_size * spec.max_length)
@@ -60,8 +59,12 @@ def check(config: Mapping[str, Any]) -> tuple[build.Parts, Any]:
         student = _with_adapter(parts)
     _call_once(parts.objective)
     check_needs(parts.objective, parts.teacher)
-    size, tokenizer = (parts.teacher.vocab_size, parts.teacher.tokenizer) if parts.teacher else (None, None)
-    common_columns(vocabulary(student), size, parts.tokenizer, tokenizer)
+    adapter = adapter_of(student)
+    if adapter.unit != "token":
+        raise ConfigError(
+            "model: got a classifier; expected a causal LM: a recipe's data are texts. Use llmkd.DistillTrainer in Python."
+        )
+    adapter.columns(student, parts.teacher, parts.tokenizer)
     return parts, student
 
 

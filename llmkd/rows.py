@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from llmkd.fused import FusedSum, Term
+from llmkd.fused import FusedSum, Term, one_dtype
 from llmkd.heads import DenseRows, HeadRows, TopKRows, full
-from llmkd.support import pair
+from llmkd.support import log_softmax, pair
 
-__all__ = ["DenseRows", "HeadRows", "Term", "TopKRows", "full", "per_row", "reduce", "weighted_sum"]
+__all__ = ["DenseRows", "HeadRows", "Term", "TopKRows", "full", "look", "per_row", "pick", "reduce", "weighted_sum"]
 
 BUDGET_MB = 256
 CHUNK_TENSORS = 6  # [rows, vocab] fp32 tensors alive at once: both models' logits, log-probabilities, work space
@@ -106,6 +106,41 @@ def per_row(
 
     slices = chunk_slices(student, budget_mb, chunk_rows, tiled=False)
     return torch.cat([checkpoint(chunk, rows, *tensors, use_reentrant=False) for rows in slices])  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def look(
+    fn: Callable[..., Tensor],
+    rows: DenseRows | HeadRows,
+    *per_row: Tensor,
+    temperature: float = 1.0,
+    autocast: bool = False,
+    budget_mb: int = BUDGET_MB,
+    chunk_rows: int | None = None,
+) -> Tensor:
+    """fn(log_p, *per_row) of every row, chunk by chunk and without a graph: for what one model alone shows.
+
+    Args:
+        fn: `(log_p [m, V], *per_row) -> [m, ...]`. rows: n rows of one model. per_row: as in `weighted_sum`.
+        autocast: project in autocast's dtype, as `reduce` does the student, instead of the head's own.
+        temperature, budget_mb, chunk_rows: as in `weighted_sum`.
+
+    Returns:
+        [n, ...].
+    """
+    rows = rows.using(one_dtype(rows.tensors(), autocast))
+    slices = chunk_slices(rows, budget_mb, chunk_rows, tiled=False)
+    with torch.autocast(rows.tensors()[0].device.type, enabled=False):
+        given = ((log_softmax(rows.logits(part), temperature), *(x[part] for x in per_row)) for part in slices)
+        return torch.cat([fn(*values) for values in given])
+
+
+def pick(rows: Any, chosen: Tensor) -> Any:
+    """The rows of these indices, in that order and perhaps repeated; gradients flow back to where they came from."""
+    if isinstance(rows, TopKRows):
+        return TopKRows(rows.ids[chosen], rows.log_probs[chosen], rows.vocab_size, rows.temperature)
+    first, *others = rows.tensors()
+    return rows.using([first.index_select(0, chosen), *others])
 
 
 def chunk_slices(student: DenseRows | HeadRows, budget_mb: int, chunk_rows: int | None, tiled: bool) -> list[slice]:

@@ -14,6 +14,8 @@ from llmkd.rows import DenseRows, HeadRows, TopKRows, per_row, weighted_sum
 N, V, HS, HT = 9, 11, 5, 4
 CHUNKS = [1, 7, N, N + 1]
 KL = DIVERGENCES["forward_kl"]
+# Sums of parts that change when events are merged: no f-divergence, so fewer events may give more
+MAY_GROW = {"adaptive_kl", "topk_mix", "standardised", "dac_kl"}
 F64 = torch.float64
 
 
@@ -221,7 +223,7 @@ def test_top_k_teacher(name, k):
     actual = weighted_sum(fn, student, top, weights, temperature=temperature, chunk_rows=4)
     check(actual, (weights * fn(log_t, log_s)).sum(), leaves(student))
     full = weighted_sum(fn, student, teacher, weights, temperature=temperature)
-    assert actual <= full + 1e-12
+    assert name in MAY_GROW or actual <= full + 1e-12
     if k == V:
         torch.testing.assert_close(actual, full)
     part = per_row(fn, student, top, temperature=temperature, chunk_rows=4)

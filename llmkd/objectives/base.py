@@ -11,6 +11,7 @@ from torch import nn
 
 from llmkd.errors import ConfigError
 from llmkd.rows import Term, reduce
+from llmkd.schedules import Schedule, as_schedule
 from llmkd.types import Batch, Loss, Outputs, Signal
 
 
@@ -22,10 +23,12 @@ class Objective(nn.Module, ABC):
 
     Attributes:
         needs: the teacher's signals that it reads; empty if it can do without a teacher.
+        reads: columns of the batch that it needs beside ids, mask and labels, such as `spans`.
         watches_steps: whether `after_step` wants the means of each optimizer step (which costs a host sync a step).
     """
 
     needs: frozenset[Signal] = frozenset()
+    reads: frozenset[str] = frozenset()
     watches_steps: bool = False
 
     @abstractmethod
@@ -71,24 +74,30 @@ class Mix(Objective):
     """sum_j weights[j] * objective_j, over the union of what they need. Row-wise terms share one pass over the head.
 
     Args:
-        objectives: at least one. weights: one each (default: all 1).
+        objectives: at least one. weights: one each, a number or a schedule of it (default: all 1).
 
     Raises:
         ConfigError: no objective, or another number of weights.
     """
 
-    def __init__(self, objectives: Sequence[Objective], weights: Sequence[float] | None = None) -> None:
+    def __init__(self, objectives: Sequence[Objective], weights: Sequence[float | Schedule] | None = None) -> None:
         super().__init__()
-        weights = [1.0] * len(objectives) if weights is None else list(weights)
+        weights = [1.0] * len(objectives) if weights is None else weights
         if not objectives or len(weights) != len(objectives):
             raise ConfigError(
                 f"objective: got {len(objectives)} parts and {len(weights)} weights; expected one weight for each of "
                 "at least one part."
             )
         self.parts = nn.ModuleList(objectives)
-        self.weights = weights
+        self.schedules = [as_schedule(weight, "objective.weight") for weight in weights]
         self.needs = frozenset().union(*(part.needs for part in objectives))
-        self.watches_steps = any(part.watches_steps for part in objectives)
+        self.reads = frozenset().union(*(part.reads for part in objectives))
+        self.watches_steps = bool(self._moving()) or any(part.watches_steps for part in objectives)
+
+    @property
+    def weights(self) -> list[float]:
+        """The weights as they are now."""
+        return [schedule.value for schedule in self.schedules]
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Loss:
         """The weighted total and every part's own, unweighted metrics."""
@@ -108,24 +117,34 @@ class Mix(Objective):
         return [module for part in self._objectives() for module in part.row_modules()]
 
     def after_step(self, progress: float, means: Mapping[str, float]) -> None:
-        """Hand the step on to every part."""
+        """Hand the step on to every part, and move the weights."""
+        for schedule in self.schedules:
+            schedule.after_step(progress, means)
         for part in self._objectives():
             part.after_step(progress, means)
 
     def step_state(self) -> dict[str, float]:
-        """The parts' states, each name behind its part's number."""
+        """The parts' states, each name behind its part's number, and how far the weights are."""
         parts = enumerate(self._objectives())
-        return {f"{i}.{name}": value for i, part in parts for name, value in part.step_state().items()}
+        states = {f"{i}.{name}": value for i, part in parts for name, value in part.step_state().items()}
+        return {**states, **{name: schedule.share for name, schedule in self._moving().items()}}
 
     def load_step_state(self, state: Mapping[str, float]) -> None:
         """Give every part its own back."""
+        for name, schedule in self._moving().items():
+            schedule.share = state[name]
         for i, part in enumerate(self._objectives()):
             prefix = f"{i}."
             part.load_step_state({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
 
     def logs(self) -> dict[str, float]:
-        """The parts' logs."""
-        return {name: value for part in self._objectives() for name, value in part.logs().items()}
+        """The parts' logs, and the weights that move, as they are for the next step."""
+        logs = {name: value for part in self._objectives() for name, value in part.logs().items()}
+        return {**logs, **{name: schedule.value for name, schedule in self._moving().items()}}
+
+    def _moving(self) -> dict[str, Schedule]:
+        """The weights that move, by the number of their part."""
+        return {f"weight_{i}": schedule for i, schedule in enumerate(self.schedules) if schedule.moves}
 
     def _objectives(self) -> Sequence[Objective]:
         return list(self.parts)  # type: ignore[arg-type]
