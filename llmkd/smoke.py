@@ -41,7 +41,7 @@ def _layers(model: Any) -> int:
 
 def _small_data(spec: DataSpec, folder: Path) -> dict[str, Any]:
     """A few short rows of the recipe's own data where it lies here, made-up ones where it is on the Hub."""
-    kept = {"max_length": min(spec.max_length, 64), "packing": spec.packing}
+    kept = {"max_length": min(spec.max_length, 64), "packing": spec.packing, "spans": spec.spans}
     if ":" in str(spec.path) or Path(str(spec.path)).exists():
         local = spec.model_dump(include={"path", "split", "columns"}, exclude_defaults=True)
         return {**local, **kept, "max_samples": 8, "held_out_every": 4, "max_eval_samples": 4}

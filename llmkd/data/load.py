@@ -8,7 +8,7 @@ import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import datasets
 from datasets import Dataset
@@ -55,6 +55,9 @@ class DataSpec(SourceSpec):
 
     max_length: int = Field(1024, ge=2, description="tokens a sample")
     packing: bool = Field(False, description="pack documents into sequences of max_length; they stay independent")
+    spans: Literal["punctuation", "spacy", "nltk"] | None = Field(
+        None, description="mark phrases for the span objective"
+    )
     held_out_every: int | None = Field(None, ge=2, description="rows 0, n, 2n, ... are held out for evaluation")
     eval: EvalSpec | None = None
     max_eval_samples: int | None = Field(None, ge=1, description="tokenised evaluation samples kept, the first ones")

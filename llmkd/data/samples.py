@@ -16,6 +16,7 @@ from trl.data_utils import pack_dataset
 from llmkd.data.collate import IGNORE
 from llmkd.data.encode import FORMATS, Sample
 from llmkd.data.load import ROW_COLUMNS, DataSpec, load_rows
+from llmkd.data.spans import mark
 from llmkd.errors import DataError, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -32,11 +33,13 @@ _FEATURES = Features(
         "rejected": Value("string"),
     }
 )
+_SPANS = {"spans": List(Value("int32"))}
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Tokenised samples: columns `input_ids`, `labels`, `length`, and `seq_lengths` (documents' lengths) if packed.
+    """Tokenised samples: columns `input_ids`, `labels`, `length`, `spans` (numbers of the tokens' spans) if asked for, and
+    `seq_lengths` (documents' lengths) if packed.
 
     `report` counts: rows, samples, tokens, supervised_tokens, truncated, each reason of REASONS, and packed_sequences
     if packed; for the evaluation set the same with the prefix `eval_`.
@@ -57,20 +60,20 @@ def prepare(
     """
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     rows = load_rows(spec) if rows is None else rows.select(range(min(len(rows), spec.max_samples or len(rows))))
-    samples = _tokenize(rows, spec.columns, tokenizer, spec.max_length)
+    samples = _tokenize(rows, spec.columns, tokenizer, spec)
     row = _numpy(samples, "row")
     held_out = row % spec.held_out_every == 0 if spec.held_out_every else np.zeros(len(row), dtype=bool)
     train, report = _finish(samples, ~held_out, spec, "data", None)
     evaluation, counts = None, {}
     if spec.eval is not None:
-        samples = _tokenize(load_rows(spec.eval), spec.eval.columns, tokenizer, spec.max_length, "data.eval")
+        samples = _tokenize(load_rows(spec.eval), spec.eval.columns, tokenizer, spec, "data.eval")
         held_out = np.ones(len(samples), dtype=bool)
     if spec.eval is not None or spec.held_out_every:
         evaluation, counts = _finish(samples, held_out, spec, "data.eval", spec.max_eval_samples)
     return Prepared(train, evaluation, report | {f"eval_{key}": count for key, count in counts.items()})
 
 
-def _tokenize(rows: Dataset, columns: dict[str, str], tokenizer: Any, max_length: int, name: str = "data") -> Dataset:
+def _tokenize(rows: Dataset, columns: dict[str, str], tokenizer: Any, spec: DataSpec, name: str = "data") -> Dataset:
     """Map rows to samples with the columns of _FEATURES; what cannot be learned from is marked, not yet dropped."""
     if len(rows) == 0:
         raise DataError(f"{name}: got no rows; expected at least one. Point {name}.path at data.")
@@ -78,12 +81,20 @@ def _tokenize(rows: Dataset, columns: dict[str, str], tokenizer: Any, max_length
     theirs = [columns.get(ours, ours) for ours in used]
     rows = rows.with_format(None).select_columns(theirs)
     return rows.map(
-        partial(_encode_batch, used=used, theirs=theirs, tokenizer=tokenizer, max_length=max_length, name=name),
+        partial(
+            _encode_batch,
+            used=used,
+            theirs=theirs,
+            tokenizer=tokenizer,
+            max_length=spec.max_length,
+            spans=spec.spans,
+            name=name,
+        ),
         batched=True,
         batch_size=256,
         with_indices=True,
         remove_columns=theirs,
-        features=_FEATURES,
+        features=Features({**_FEATURES, **_SPANS}) if spec.spans else _FEATURES,
         desc=f"tokenising {name}",
     )
 
@@ -123,6 +134,7 @@ def _encode_batch(
     theirs: list[str],
     tokenizer: Any,
     max_length: int,
+    spans: str | None,
     name: str,
 ) -> dict[str, list]:
     ours = {column: batch[their] for column, their in zip(used, theirs, strict=True)}
@@ -131,6 +143,8 @@ def _encode_batch(
     for row, samples in zip(index, encoded, strict=True):
         for sample in samples:
             _append(out, row, sample)
+    if spans:
+        out["spans"] = [mark(ids, tokenizer, spans) for ids in out["input_ids"]]
     return out
 
 
@@ -167,17 +181,18 @@ def _finish(
         "supervised_tokens": int(_numpy(samples, "supervised")[kept].sum()),
         "truncated": int(_numpy(samples, "truncated")[kept].sum()),
     } | counts
-    dataset = samples.select_columns(["input_ids", "labels", "length"])
+    columns = ["input_ids", "labels", *(_SPANS if spec.spans else ())]
+    dataset = samples.select_columns([*columns, "length"])
     dataset = dataset if len(kept) == len(dataset) else dataset.select(kept)
     if spec.packing:
-        dataset = _pack(dataset, spec.max_length)
+        dataset = _pack(dataset.select_columns(columns), spec.max_length)
         report["packed_sequences"] = len(dataset)
     return dataset, report
 
 
 def _pack(dataset: Dataset, max_length: int) -> Dataset:
     """Pack best-fit decreasing, documents whole; `seq_lengths` [documents] tells them apart."""
-    packed = pack_dataset(dataset.select_columns(["input_ids", "labels"]), max_length, strategy="bfd")
+    packed = pack_dataset(dataset, max_length, strategy="bfd")
     return packed.map(_total_length, batched=True, input_columns="seq_lengths", desc="measuring")
 
 

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from llmkd.objectives.base import Mix, Objective, RowObjective
 from llmkd.objectives.cross_entropy import CrossEntropy
+from llmkd.objectives.decoupled import DKD, NKD
+from llmkd.objectives.ofa import OFA
+from llmkd.objectives.sinkhorn import SinKD
+from llmkd.objectives.span import SpanLoss
 from llmkd.objectives.token import TokenDistill
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "token": TokenDistill,
     "cross_entropy": CrossEntropy,
+    "sinkd": SinKD,
+    "dkd": DKD,
+    "nkd": NKD,
+    "ofa": OFA,
+    "span": SpanLoss,
 }
 
-__all__ = ["OBJECTIVES", "CrossEntropy", "Mix", "Objective", "RowObjective", "TokenDistill"]
+__all__ = ["DKD", "NKD", "OBJECTIVES", "OFA", "CrossEntropy", "Mix", "Objective", "RowObjective", "SinKD", "SpanLoss",
+           "TokenDistill"]  # fmt: skip
