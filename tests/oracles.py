@@ -62,6 +62,84 @@ def taid(t: list[float], s: list[float], t_start: float = 0.4, **_: float) -> fl
     return kl([x - total for x in mixed], s)
 
 
+def known(row: list[float]) -> list[float]:
+    """log 0 counts as the logarithm of the smallest normal float32, -87.3."""
+    return [x if x > -INF else math.log(torch.finfo(torch.float32).tiny) for x in row]
+
+
+def adaptive_kl(t: list[float], s: list[float], mu: float = 0.5, variant: str = "official") -> float:
+    """Head and tail by walking down (official) or up (dskd) the sorted teacher; ties at the edge go the same way."""
+    p, gap = [math.exp(x) for x in t], [abs(math.exp(x) - math.exp(y)) for x, y in zip(t, s, strict=True)]
+    mass, taken = 0.0, []
+    for value in sorted(p, reverse=variant == "official"):
+        mass += value
+        if mass > mu:
+            break
+        taken.append(value)
+    if variant == "official":
+        edge = min(taken, default=max(p))
+        head = [x >= edge for x in p]
+    else:
+        head = [not taken or x > max(taken) for x in p]
+    total = math.fsum(gap)
+    share = math.fsum(g for g, inside in zip(gap, head, strict=True) if inside) / total if total else 0.0
+    return (share * kl(t, known(s)) if share else 0.0) + ((1 - share) * kl(s, known(t)) if share < 1 else 0.0)
+
+
+def alpha_beta(t: list[float], s: list[float], alpha: float = 0.5, beta: float = 0.5) -> float:
+    both, a, b = alpha + beta, alpha, beta
+    terms = []
+    for x, y in zip(t, s, strict=True):
+        bracket = math.exp(a * x + b * y) - a / both * math.exp(both * x) - b / both * math.exp(both * y)
+        terms.append(-bracket / (a * b))
+    return math.fsum(terms)
+
+
+def topk_mix(t: list[float], s: list[float], k: int = 256) -> float:
+    edge = sorted(t, reverse=True)[min(k, len(t)) - 1]
+    terms = []
+    for x, y in zip(t, s, strict=True):
+        first, second = (x, y) if x >= edge else (y, x)
+        a, b = known([first, second])
+        terms.append(math.exp(first) * (a - b) - math.exp(first) + math.exp(second))
+    return math.fsum(terms)
+
+
+def standardised(t: list[float], s: list[float], tau: float = 1.0) -> float:
+    """Forward KL of the two rows, each divided by the standard deviation of its finite entries."""
+    rows = []
+    for row in (t, s):
+        kept = [x for x in row if x > -INF]
+        mean = math.fsum(kept) / len(kept)
+        spread = math.sqrt(math.fsum((x - mean) ** 2 for x in kept) / max(1, len(kept) - 1))
+        z = [(x - mean) / (max(spread, 1e-6) * tau) for x in row]
+        total = math.log(math.fsum(math.exp(x - max(z)) for x in z)) + max(z)
+        rows.append([x - total for x in z])
+    return kl(rows[0], known(rows[1]))
+
+
+def dac_kl(t: list[float], s: list[float], mode: str = "bucket", tau: float = 0.02, **_: float) -> float:
+    """The window (0.02, 0.98) before the first step, without a label; only the 1024 best events have their own place."""
+    p, q = ([math.exp(x) for x in row] for row in (t, s))
+    best, sigmoid = sorted(p, reverse=True)[:1024], lambda x: 1 / (1 + math.exp(-x))
+    keep = []
+    for value in p:
+        own = value >= best[-1]
+        low = math.fsum(x for x in best if x > value or not own)
+        high = math.fsum(x for x in best if x >= value) if own else 1.0
+        keep.append(sigmoid((high - 0.02) / tau) * sigmoid((0.98 - low) / tau))
+    mass = math.fsum(m * x for m, x in zip(keep, p, strict=True))
+    if mass < 0.5:
+        keep = [m + (1 - m) * (0.5 - mass) / (1 - mass) for m in keep]
+    kept_t, kept_s = ([m * x for m, x in zip(keep, row, strict=True)] for row in (p, q))
+    value = math.fsum(m * (x - y) for m, x, y in zip(kept_t, known(t), known(s), strict=True))
+    masses = [math.fsum(kept) for kept in (kept_t, kept_s)]
+    if mode == "bucket":
+        masses = [math.fsum((1 - m) * x for m, x in zip(keep, row, strict=True)) for row in (p, q)]
+    log_t, log_s = (math.log(max(x, torch.finfo(torch.float32).tiny)) for x in masses)
+    return value + masses[0] * (log_t - log_s) if mode == "bucket" else value / masses[0] - log_t + log_s
+
+
 ORACLES: dict[str, Callable[..., float]] = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
@@ -70,11 +148,16 @@ ORACLES: dict[str, Callable[..., float]] = {
     "skew_reverse_kl": skew_reverse_kl,
     "tvd": tvd,
     "taid": taid,
+    "dac_kl": dac_kl,
+    "adaptive_kl": adaptive_kl,
+    "alpha_beta": alpha_beta,
+    "topk_mix": topk_mix,
+    "standardised": standardised,
 }
 
 
 # A part of the student is a constant of their target: tests/golden tests the gradient's identity instead of gradcheck
-STOPPED = {"taid"}
+STOPPED = {"taid", "adaptive_kl", "dac_kl"}
 
 
 def oracle(name: str, log_t: Tensor, log_s: Tensor, **knobs: float) -> Tensor:

@@ -18,9 +18,16 @@ KNOBS = {
     "jsd": [{"beta": 0.1}, {"beta": 0.9}],
     "skew_kl": [{"alpha": 0.4}, {"alpha": 0.9}],
     "skew_reverse_kl": [{"alpha": 0.4}, {"alpha": 0.9}],
+    "adaptive_kl": [{"variant": "dskd"}, {"mu": 0.9}],
+    "alpha_beta": [{"alpha": 0.2, "beta": 0.7}],
+    "topk_mix": [{"k": 2}],
+    "standardised": [{"tau": 0.3}],
+    "dac_kl": [{"mode": "renorm"}, {"tau": 0.3}],
 }
 CASES = [(name, knobs) for name in NAMES for knobs in [{}, *KNOBS.get(name, [])]]
 F_DIVERGENCES = {"forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd"}
+# An event's logit also moves the spread that divides all others: it need not fall where the teacher excludes the event
+MOVES_OTHERS = {"standardised"}
 # (teacher, student) swapped, as another entry of the table with other knobs
 MIRROR = {
     "forward_kl": ("reverse_kl", {}, {}),
@@ -197,7 +204,7 @@ def test_events_that_the_teacher_excludes(case, dtype):
     exact = oracle(case[0], *log_softmax(z_t, z_s), **case[1])
     known = exact.isfinite()  # KL(q || p) is infinite there: all that is asked is that it stays finite and pushes away
     torch.testing.assert_close(value.double()[known], exact[known], rtol=1e-5, atol=1e-6)
-    assert (grad[1:, 1:5].sum(-1) > 0).all()
+    assert case[0] in MOVES_OTHERS or (grad[1:, 1:5].sum(-1) > 0).all()
 
 
 @each_case

@@ -22,14 +22,16 @@ LAYERS = """
 errors
 types
 support
-divergences
+divergences schedules
+policies
 heads
 fused
 rows
 objectives
 agreement
 distributed zero3 disk versions config students.tiny
-meters weights vocabulary adapters
+meters weights vocabulary
+adapters
 students teachers data
 distiller
 callbacks checkpoints

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from transformers import TrainingArguments
 
 from llmkd import DistillTrainer, Mix, TokenDistill
 from llmkd.data import Collator
-from llmkd.objectives import Objective
+from llmkd.divergences import DACKL, Standardised
+from llmkd.objectives import OFA, Objective, SinKD, SpanLoss
+from llmkd.schedules import Linear
 from llmkd.students.tiny import byte_tokenizer, tiny_config, tiny_model
 from llmkd.types import Batch, Loss, Outputs, Signal, supervised_rows
 
@@ -30,9 +33,8 @@ class Case:
     """What a run trains; `accumulation` micro-batches a step on each of two processes."""
 
     name: str
+    objective: str = "tokens"
     tied: bool = False
-    projector: bool = False
-    learned: bool = False
     lora: bool = False
     empty: bool = False
     adamw: bool = False
@@ -43,12 +45,14 @@ class Case:
 
 
 CASES = (
-    Case("projector", projector=True, accumulation=2, evaluate=True),
-    Case("tied_clipped", tied=True, projector=True, max_grad_norm=0.5),
-    Case("adamw", projector=True, adamw=True, max_grad_norm=0.5, accumulation=2, resume=True),
-    Case("empty_rank", empty=True, projector=True),
+    Case("projector", "projected", accumulation=2, evaluate=True),
+    Case("tied_clipped", "projected", tied=True, max_grad_norm=0.5),
+    Case("adamw", "projected", adamw=True, max_grad_norm=0.5, accumulation=2, resume=True),
+    Case("empty_rank", "projected", empty=True),
     Case("empty_rank_tied", empty=True, tied=True, accumulation=2),
-    Case("learned", learned=True, accumulation=2),
+    Case("learned", "learned", accumulation=2),
+    Case("modules", "modules", empty=True),
+    Case("coupled", "coupled", tied=True, empty=True),
     Case("lora", lora=True, tied=True, adamw=True, accumulation=2, resume=True),
 )
 
@@ -94,6 +98,27 @@ def tokens() -> Mix:
     return Mix([TokenDistill("forward_kl"), TokenDistill(plain_reverse_kl, temperature=2.0)], weights=[1.0, 0.5])
 
 
+def modules() -> Mix:
+    """Divergences that are modules, with parameters and without, under policies; a loss that reads the label."""
+    parts = [TokenDistill(Standardised(), policy="entropy_balance"), TokenDistill(Temper(), policy="reciprocal_rank")]
+    return Mix([*parts, OFA()], weights=[Linear(1.0, 0.5), 1.0, 0.5])
+
+
+def coupled() -> Mix:
+    """Losses that look at several rows at once, within a sequence, and DAC-KL, whose network learns."""
+    sinkd = SinKD(granularity="sequence", top_k=512)
+    return Mix([sinkd, SpanLoss(top_k=8), TokenDistill(DACKL(top_k=8))], weights=[0.1, 1.0, 1.0])
+
+
+OBJECTIVES: dict[str, Callable[[], Objective]] = {
+    "tokens": tokens,
+    "projected": Projected,
+    "learned": lambda: TokenDistill(Temper()),
+    "modules": modules,
+    "coupled": coupled,
+}
+
+
 def _last(outputs: Outputs | None, batch: Batch) -> Tensor:
     assert outputs is not None
     assert outputs.hidden_states is not None
@@ -112,11 +137,18 @@ _MODELS = (("teacher", False, TEACHER_SIZE), ("untied", False, STUDENT_SIZE), ("
 
 
 def rows(count: int, seed: int) -> list[dict[str, list[int]]]:
-    """Sequences of 6 to 20 random tokens; the first third of each is not supervised."""
+    """Sequences of 6 to 20 random tokens in spans of three; the first third of each is not supervised."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(6, 21, (count,), generator=generator).tolist()
     texts = [torch.randint(3, 259, (length,), generator=generator).tolist() for length in lengths]
-    return [{"input_ids": ids, "labels": [-100] * (len(ids) // 3) + ids[len(ids) // 3 :]} for ids in texts]
+    return [
+        {
+            "input_ids": ids,
+            "labels": [-100] * (len(ids) // 3) + ids[len(ids) // 3 :],
+            "spans": [1 + place // 3 for place in range(len(ids))],
+        }
+        for ids in texts
+    ]
 
 
 def train_rows(case: Case) -> Dataset:
@@ -160,7 +192,7 @@ def trainer(
     return DistillTrainer(
         model=_load(models / ("tied" if case.tied else "untied")),
         teacher=_load(models / "teacher"),
-        objective=TokenDistill(Temper()) if case.learned else Projected() if case.projector else tokens(),
+        objective=OBJECTIVES[case.objective](),
         args=args,
         train_dataset=train_rows(case),
         eval_dataset=Dataset.from_list(rows(11, seed=2)),
