@@ -1,4 +1,4 @@
-"""What happens around the steps: the progress bar, a graceful Ctrl-C, and the objective's view of each step."""
+"""What happens around the steps: the progress bar, a graceful Ctrl-C, what objective and teacher see of each step."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from transformers import ProgressCallback, TrainerCallback
 
 from llmkd.distributed import sum_over_ranks
+from llmkd.teachers.base import SelfTeacher
 
 if TYPE_CHECKING:
     from llmkd.trainer import DistillTrainer
@@ -112,3 +113,31 @@ class AfterStep(TrainerCallback):
         """Called between the optimizer's step and the next forward."""
         means = self.trainer.step_means()
         self.trainer.distiller.objective.after_step(state.global_step / max(1, state.max_steps), means)
+
+
+class Follow(TrainerCallback):
+    """Tells the objective which epoch begins, and a teacher that is made of the student how the student has changed.
+
+    The state's epoch is whole when one begins, and what is resumed begins where it stopped, so a teacher's own clock says
+    whether it has seen that epoch's start. At an epoch's end it could not: a checkpoint may fall just before.
+    """
+
+    def __init__(self, trainer: DistillTrainer) -> None:
+        self.trainer = trainer
+        self._observe(0, 0)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Before what may be an evaluation."""
+        self.on_epoch_begin(args, state, control)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The objective's turn."""
+        self.trainer.distiller.objective.begin_epoch(int(state.epoch), state.num_train_epochs)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The teacher's turn, before the first micro-batch of each step."""
+        self._observe(state.global_step, int(state.epoch))
+
+    def _observe(self, step: int, epoch: int) -> None:
+        if isinstance(self.trainer.teacher, SelfTeacher):
+            self.trainer.teacher.observe(self.trainer.distiller.student, step, epoch)

@@ -17,6 +17,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from llmkd.adapters import unwrap
 from llmkd.disk import need_space, saving
+from llmkd.teachers.base import SelfTeacher, Teacher
 from llmkd.zero3 import gathered, size
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ else:
 MARK = "complete"
 OBJECTIVE_FILE = "objective.safetensors"
 STEP_STATE_FILE = "objective_steps.json"
+TEACHER_FILE = "teacher.safetensors"
 
 
 def complete_checkpoints(folder: str | Path) -> list[Path]:
@@ -38,9 +40,10 @@ def complete_checkpoints(folder: str | Path) -> list[Path]:
 
 
 class Checkpoints(Base):
-    """The part of DistillTrainer that writes and reads them; the teacher is never in one."""
+    """The part of DistillTrainer that writes and reads them; of teachers, only what one has copied from the student."""
 
     distiller: Distiller
+    teacher: Teacher | None
 
     def last_checkpoint(self) -> str | None:
         """The newest complete checkpoint of this run, or None."""
@@ -82,15 +85,19 @@ class Checkpoints(Base):
             dist.barrier()
         if self.args.should_save:
             (folder / STEP_STATE_FILE).write_text(json.dumps(self.distiller.objective.step_state()))
+            if isinstance(self.teacher, SelfTeacher):
+                with saving(folder):
+                    safetensors.torch.save_file(self.teacher.state_dict(), folder / TEACHER_FILE)
             _mark(folder)
             best = self.state.best_model_checkpoint
             rotate_checkpoints(str(folder.parent), save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
 
     def _checkpoint_bytes(self) -> int:
-        """Weights, and two moments for each trained one unless only the model is saved."""
+        """Weights, two moments for each trained one unless only the model is saved, and a self teacher's copies."""
         parameters = list(self.distiller.parameters())
         moments = 0 if self.args.save_only_model else 8 * sum(size(p) for p in parameters if p.requires_grad)
-        return sum(size(p) * p.element_size() for p in parameters) + moments
+        copies = self.teacher.state_dict().values() if isinstance(self.teacher, SelfTeacher) else ()
+        return sum(size(p) * p.element_size() for p in (*parameters, *copies)) + moments
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Only the student goes into the model's files; the objective's parameters get a file of their own."""
@@ -125,10 +132,12 @@ class Checkpoints(Base):
             self.distiller.objective.load_state_dict(safetensors.torch.load_file(own))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """With them, under every framework, what the objective moves at each step."""
+        """With them, under every framework, what the objective moves at each step and a self teacher has copied."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self.distiller.objective.load_step_state(json.loads(Path(checkpoint, STEP_STATE_FILE).read_text()))
+            if isinstance(self.teacher, SelfTeacher):
+                self.teacher.load_state_dict(safetensors.torch.load_file(Path(checkpoint, TEACHER_FILE)))
 
     def _load_best_model(self) -> None:
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:

@@ -6,7 +6,7 @@ by tile: on a CPU a tile fits the cache, elsewhere it is the chunk. A tile's log
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,8 +55,8 @@ class FusedSum(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         needed = ctx.needs_input_grad[4:]
         count = len(student.tensors())
-        work = student.using(one_dtype([t.detach() for t in tensors[:count]], autocast=True))
-        teacher = teacher.using(one_dtype(teacher.tensors(), autocast=False)) if teacher is not None else None
+        work = student.using([t.detach() for t in tensors[:count]]).cast(autocast=True)
+        teacher = teacher.cast(autocast=False) if teacher is not None else None
         grads = [_buffer(t) if need else None for t, need in zip(tensors, needed, strict=True)]
         trained = [(t, g) for t, g in zip(tensors[count:], grads[count:], strict=True) if g is not None]
         tally = _Tally(terms, teacher, any(needed[:count]), trained, tensors[0])
@@ -80,15 +80,6 @@ class FusedSum(torch.autograd.Function):
             for slot, dtype in zip(ctx.slots, ctx.dtypes, strict=True)
         ]
         return None, None, None, None, *grads
-
-
-def one_dtype(tensors: Sequence[Tensor], autocast: bool) -> list[Tensor]:
-    """Bring hidden states and head to one dtype: autocast's where it is on (the student), else the head's own."""
-    if len(tensors) < 2:
-        return list(tensors)
-    kind = tensors[1].device.type
-    dtype = torch.get_autocast_dtype(kind) if autocast and torch.is_autocast_enabled(kind) else tensors[1].dtype
-    return [t.to(dtype) for t in tensors]
 
 
 def _buffer(tensor: Tensor) -> Tensor:

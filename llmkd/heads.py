@@ -50,6 +50,14 @@ class DenseRows:
         """Both models' log-probabilities on the same V events; see `support.pair`."""
         return _dense_pair(self.logits(rows), log_s, temperature)
 
+    def cast(self, autocast: bool) -> DenseRows:
+        """Itself: there is one tensor."""
+        return self
+
+    def pick(self, chosen: Tensor) -> DenseRows:
+        """The rows of these indices; gradients flow back."""
+        return DenseRows(self.values.index_select(0, chosen))
+
     def block(self, rows: slice) -> DenseRows:
         """Some of the rows, computed now."""
         return DenseRows(self.values[rows])
@@ -107,6 +115,15 @@ class HeadRows:
         """The same rows computed from other tensors (detached, cast or gathered ones)."""
         head = _Head(tensors[1], tensors[2] if len(tensors) > 2 else None)
         return HeadRows(tensors[0], head, scale=self.scale, softcap=self.softcap, vocab_size=self._columns)
+
+    def cast(self, autocast: bool) -> HeadRows:
+        """Hidden states and head in one dtype: autocast's where that is on and wanted, else the head's own."""
+        return self.using(one_dtype(self.tensors(), autocast))
+
+    def pick(self, chosen: Tensor) -> HeadRows:
+        """The rows of these indices; gradients flow back."""
+        hidden, *head = self.tensors()
+        return self.using([hidden.index_select(0, chosen), *head])
 
     def logits(self, rows: slice) -> Tensor:
         """Logits of some rows, [m, V]."""
@@ -167,6 +184,14 @@ class TopKRows:
         """Itself: there is nothing to gather."""
         return self
 
+    def cast(self, autocast: bool) -> TopKRows:
+        """Itself: there is nothing to cast."""
+        return self
+
+    def pick(self, chosen: Tensor) -> TopKRows:
+        """The rows of these indices."""
+        return TopKRows(self.ids[chosen], self.log_probs[chosen], self.vocab_size, self.temperature)
+
     def block(self, rows: slice) -> TopKRows:
         """Some of the rows."""
         return TopKRows(self.ids[rows], self.log_probs[rows], self.vocab_size, self.temperature)
@@ -194,6 +219,15 @@ class TopKRows:
 class _Head:
     weight: Tensor
     bias: Tensor | None
+
+
+def one_dtype(tensors: Sequence[Tensor], autocast: bool) -> list[Tensor]:
+    """Bring hidden states and head to one dtype: autocast's where it is on (the student), else the head's own."""
+    if len(tensors) < 2:
+        return list(tensors)
+    kind = tensors[1].device.type
+    dtype = torch.get_autocast_dtype(kind) if autocast and torch.is_autocast_enabled(kind) else tensors[1].dtype
+    return [t.to(dtype) for t in tensors]
 
 
 def _dense_pair(teacher_logits: Tensor, log_s: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from llmkd.fused import FusedSum, Term, one_dtype
+from llmkd.fused import FusedSum, Term
 from llmkd.heads import DenseRows, HeadRows, TopKRows, full
 from llmkd.support import log_softmax, pair
 
@@ -128,7 +128,7 @@ def look(
     Returns:
         [n, ...].
     """
-    rows = rows.using(one_dtype(rows.tensors(), autocast))
+    rows = rows.cast(autocast)
     slices = chunk_slices(rows, budget_mb, chunk_rows, tiled=False)
     with torch.autocast(rows.tensors()[0].device.type, enabled=False):
         given = ((log_softmax(rows.logits(part), temperature), *(x[part] for x in per_row)) for part in slices)
@@ -137,10 +137,7 @@ def look(
 
 def pick(rows: Any, chosen: Tensor) -> Any:
     """The rows of these indices, in that order and perhaps repeated; gradients flow back to where they came from."""
-    if isinstance(rows, TopKRows):
-        return TopKRows(rows.ids[chosen], rows.log_probs[chosen], rows.vocab_size, rows.temperature)
-    first, *others = rows.tensors()
-    return rows.using([first.index_select(0, chosen), *others])
+    return rows.pick(chosen)
 
 
 def chunk_slices(student: DenseRows | HeadRows, budget_mb: int, chunk_rows: int | None, tiled: bool) -> list[slice]:

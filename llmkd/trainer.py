@@ -15,7 +15,7 @@ from transformers import ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from llmkd.adapters import adapter_of
-from llmkd.callbacks import AfterStep, Interrupt, Progress, release
+from llmkd.callbacks import AfterStep, Follow, Interrupt, Progress, release
 from llmkd.checkpoints import Checkpoints
 from llmkd.data.collate import collator, pad_with_unsupervised
 from llmkd.data.sampler import EpochSampler
@@ -100,6 +100,7 @@ class DistillTrainer(Checkpoints, Trainer):
         self._last_log = time.perf_counter()
         self.interrupt = Interrupt()
         self.add_callback(self.interrupt)
+        self.add_callback(Follow(self))
         if objective.watches_steps:
             self.add_callback(AfterStep(self))
         if self.pop_callback(ProgressCallback):

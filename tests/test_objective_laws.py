@@ -15,7 +15,7 @@ from llmkd.rows import HeadRows, TopKRows
 from llmkd.types import Outputs, supervised_rows
 
 NAMES = sorted(OBJECTIVES)
-NEED_A_TEACHER = ["token", "sinkd", "dkd", "nkd", "ofa", "span"]
+NEED_A_TEACHER = ["token", "sinkd", "dkd", "nkd", "ofa", "ps_kd", "span"]
 COUPLED = {
     "sinkd"
 }  # the rows of one batch are coupled by a transport plan: parts do not add up; tests/golden says what does

@@ -25,6 +25,7 @@ support
 divergences schedules
 policies
 heads
+combined
 fused
 rows
 objectives

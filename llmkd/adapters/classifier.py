@@ -76,7 +76,7 @@ def columns(student: nn.Module, teacher: Any, tokenizer: Any) -> None:
     """
     if teacher is None:
         return
-    if teacher.vocab_size != width(student):
+    if teacher.vocab_size not in (None, width(student)):
         raise ConfigError(
             f"classes: the student has {width(student)}, the teacher {teacher.vocab_size}; expected as many. "
             f"Set num_labels={teacher.vocab_size} for the student, or use another teacher."

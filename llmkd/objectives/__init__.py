@@ -6,6 +6,7 @@ from llmkd.objectives.base import Mix, Objective, RowObjective
 from llmkd.objectives.cross_entropy import CrossEntropy
 from llmkd.objectives.decoupled import DKD, NKD
 from llmkd.objectives.ofa import OFA
+from llmkd.objectives.ps_kd import PSKD
 from llmkd.objectives.sinkhorn import SinKD
 from llmkd.objectives.span import SpanLoss
 from llmkd.objectives.token import TokenDistill
@@ -17,8 +18,9 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "dkd": DKD,
     "nkd": NKD,
     "ofa": OFA,
+    "ps_kd": PSKD,
     "span": SpanLoss,
 }
 
-__all__ = ["DKD", "NKD", "OBJECTIVES", "OFA", "CrossEntropy", "Mix", "Objective", "RowObjective", "SinKD", "SpanLoss",
+__all__ = ["DKD", "NKD", "OBJECTIVES", "OFA", "PSKD", "CrossEntropy", "Mix", "Objective", "RowObjective", "SinKD", "SpanLoss",
            "TokenDistill"]  # fmt: skip

@@ -39,6 +39,9 @@ class Objective(nn.Module, ABC):
         """Modules that run once a chunk of rows, and not once a step as other modules do."""
         return []
 
+    def begin_epoch(self, epoch: int, epochs: int) -> None:
+        """Called before training and as each epoch begins or is resumed: `epoch`, from 0, of `epochs`."""
+
     def after_step(self, progress: float, means: Mapping[str, float]) -> None:
         """Called once an optimizer step, in training only: progress = steps before it / all steps; means over all ranks."""
 
@@ -115,6 +118,11 @@ class Mix(Objective):
     def row_modules(self) -> list[nn.Module]:
         """The parts' modules."""
         return [module for part in self._objectives() for module in part.row_modules()]
+
+    def begin_epoch(self, epoch: int, epochs: int) -> None:
+        """Hand the epoch on to every part."""
+        for part in self._objectives():
+            part.begin_epoch(epoch, epochs)
 
     def after_step(self, progress: float, means: Mapping[str, float]) -> None:
         """Hand the step on to every part, and move the weights."""

@@ -6,11 +6,16 @@ from collections.abc import Callable
 
 from torch import nn
 
-from llmkd.teachers.base import Teacher
+from llmkd.teachers.base import SelfTeacher, Teacher
 from llmkd.teachers.local import LocalTeacher, local
+from llmkd.teachers.self import EMA, FrozenStart, PreviousEpoch, Votes
 
 TEACHERS: dict[str, Callable[..., Teacher]] = {
     "local": local,
+    "frozen_start": FrozenStart,
+    "previous_epoch": PreviousEpoch,
+    "ema": EMA,
+    "votes": Votes,
 }
 
 
@@ -21,4 +26,5 @@ def as_teacher(teacher: str | nn.Module | Teacher | None) -> Teacher | None:
     return LocalTeacher(teacher) if isinstance(teacher, nn.Module) else teacher
 
 
-__all__ = ["TEACHERS", "LocalTeacher", "Teacher", "as_teacher", "local"]
+__all__ = ["EMA", "TEACHERS", "FrozenStart", "LocalTeacher", "PreviousEpoch", "SelfTeacher", "Teacher", "Votes",
+           "as_teacher", "local"]  # fmt: skip
