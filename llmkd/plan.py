@@ -14,6 +14,7 @@ from llmkd.adapters import adapter_of
 from llmkd.data import prepare
 from llmkd.distributed import start_processes
 from llmkd.errors import ConfigError
+from llmkd.teachers import SelfTeacher
 from llmkd.trainer import check_needs
 from llmkd.weights import reading_once, stand_in
 from llmkd.zero3 import whole_models
@@ -42,7 +43,9 @@ def dry_run(config: Mapping[str, Any]) -> dict[str, float]:
             adapter_of(model).check_packing(model, max(args.train_batch_size, args.eval_batch_size))
     rows = min(spec.max_samples or CHECKED_ROWS, CHECKED_ROWS)
     prepare(spec.model_copy(update={"max_samples": rows}), parts.tokenizer)
-    return estimate(student, getattr(parts.teacher, "model", None), args.per_device_train_batch_size * spec.max_length)
+    copies = parts.teacher.snapshots if isinstance(parts.teacher, SelfTeacher) else 0
+    tokens = args.per_device_train_batch_size * spec.max_length
+    return estimate(student, getattr(parts.teacher, "model", None), tokens, copies)
 
 
 def check(config: Mapping[str, Any]) -> tuple[build.Parts, Any]:
@@ -94,16 +97,17 @@ def _with_adapter(parts: build.Parts) -> Any:
         raise ConfigError(f"peft: {' '.join(str(error).split())}") from error
 
 
-def estimate(student: Any, teacher: Any, tokens: int) -> dict[str, float]:
+def estimate(student: Any, teacher: Any, tokens: int, copies: int = 0) -> dict[str, float]:
     """Memory of one unsharded device, GiB: exact for weights, gradients and AdamW, a rule of thumb for activations.
 
     Activations: 34 bytes a token, layer and hidden unit of the student (Korthikanti et al. 2022, arXiv 2205.05198, without
-    attention scores); the teacher, which keeps no graph, counts with its weights alone.
+    attention scores); the teacher, which keeps no graph, counts with its weights alone, a self teacher with its `copies`.
     """
     text = student.config.get_text_config()
     trained = sum(p.numel() * p.element_size() for p in student.parameters() if p.requires_grad)
     parts = {
         "student weights": sum(p.numel() * p.element_size() for p in student.parameters()),
+        **({"student snapshots": copies * trained} if copies else {}),
         "gradients": trained,
         "AdamW moments": 2 * trained,
         "loss work space": 256 * 2**20,

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from llmkd.combined import MeanRows, SurerRows
     from llmkd.rows import DenseRows, HeadRows, TopKRows
 
-    Rows = HeadRows | DenseRows | TopKRows
+    Rows = HeadRows | DenseRows | TopKRows | MeanRows | SurerRows
 
 Batch = Mapping[str, Tensor]
 """input_ids, attention_mask, position_ids [B, T]; labels with -100 = not supervised.

@@ -8,6 +8,7 @@ from torch import nn
 
 from llmkd.teachers.base import SelfTeacher, Teacher
 from llmkd.teachers.local import LocalTeacher, local
+from llmkd.teachers.partition import Partition
 from llmkd.teachers.self import EMA, FrozenStart, PreviousEpoch, Votes
 
 TEACHERS: dict[str, Callable[..., Teacher]] = {
@@ -16,6 +17,7 @@ TEACHERS: dict[str, Callable[..., Teacher]] = {
     "previous_epoch": PreviousEpoch,
     "ema": EMA,
     "votes": Votes,
+    "partition": Partition,
 }
 
 
@@ -26,5 +28,5 @@ def as_teacher(teacher: str | nn.Module | Teacher | None) -> Teacher | None:
     return LocalTeacher(teacher) if isinstance(teacher, nn.Module) else teacher
 
 
-__all__ = ["EMA", "TEACHERS", "FrozenStart", "LocalTeacher", "PreviousEpoch", "SelfTeacher", "Teacher", "Votes",
+__all__ = ["EMA", "TEACHERS", "FrozenStart", "LocalTeacher", "Partition", "PreviousEpoch", "SelfTeacher", "Teacher", "Votes",
            "as_teacher", "local"]  # fmt: skip

@@ -22,7 +22,9 @@ class Teacher(Protocol):
 
     provides: frozenset[Signal]
     tokenizer: Any
-    vocab_size: int | None
+
+    @property
+    def vocab_size(self) -> int | None: ...
 
     def prepare(self, accelerator: Any) -> None:
         """Called once, when the processes are known: move to the device, shard."""

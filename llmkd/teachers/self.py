@@ -75,7 +75,7 @@ class Snapshots(ABC):
         with self._precision():
             shown = [adapter_of(model).read(model, batch, needs, vocab_size) for model in self._copies]
             rows = [out.rows.cast(autocast=True) for out in shown]  # type: ignore[union-attr]
-        return Outputs(mean_rows(rows), shown[-1].hidden_states, shown[-1].attentions)
+        return Outputs(mean_rows(rows), shown[-1].hidden_states, shown[-1].attentions)  # type: ignore[arg-type]
 
     def state_dict(self) -> dict[str, Tensor]:
         """The copies' own tensors, each name behind its copy's number, and the time of the newest."""
