@@ -1,15 +1,20 @@
 """`python -m benchmarks NAME [options]`."""
 
+import sys
+
 import typer
 
 from benchmarks.docs import docs
 from benchmarks.head import head
+from benchmarks.quality import EXAMPLES, quality
 from benchmarks.quickstart import quickstart
+from llmkd.errors import LlmkdError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(quickstart)
 app.command()(docs)
 app.command()(head)
+app.command(epilog=EXAMPLES)(quality)
 
 
 @app.callback()
@@ -18,4 +23,7 @@ def _main() -> None:
 
 
 if __name__ == "__main__":
-    app()
+    try:
+        app()
+    except LlmkdError as error:
+        sys.exit(f"error: {error}")

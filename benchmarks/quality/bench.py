@@ -1,0 +1,155 @@
+"""What every run shares, made once: the quickstart's teacher, student start and text; and one run, measured."""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PrinterCallback, set_seed
+
+from benchmarks.quality.results import MEASURES
+from llmkd import build, config
+from llmkd.adapters.causal_lm import head_of, head_settings
+from llmkd.data import prepare
+from llmkd.data.collate import collator
+from llmkd.distributed import start_processes
+from llmkd.errors import TrainingError
+from llmkd.objectives import CrossEntropy, Objective
+from llmkd.rows import HeadRows
+from llmkd.teachers import LocalTeacher, Teacher
+from llmkd.trainer import DistillTrainer
+from llmkd.types import Batch, Outputs, Signal
+from llmkd.weights import reading_once
+
+QUICKSTART = Path(__file__).parent.parent.parent / "recipes" / "quickstart.yaml"
+LENGTH, BATCH = 64, 4
+
+
+def settings(quick: bool = False) -> dict[str, Any]:
+    """All that a run depends on beside its entry and seed: the quickstart's model, teacher, data and arguments, made short."""
+    steps, held_out = (4, 8) if quick else (27, 48)
+    recipe = config.load(
+        QUICKSTART,
+        [
+            f"data.max_length={LENGTH}",
+            "data.spans=punctuation",
+            "data.max_eval_samples=null",
+            f"train.max_steps={steps}",
+            f"train.per_device_train_batch_size={BATCH}",
+            f"train.warmup_steps={max(1, steps // 9)}",
+        ],
+    )
+    del recipe["objective"], recipe["train"]["output_dir"]
+    return {**recipe, "train_samples": steps * BATCH, "held_out_samples": held_out}
+
+
+class RecordedTeacher:
+    """A teacher's final hidden states of known samples, computed once: the rows that it would show, at the cost of its head.
+
+    Every objective sees the same tokens, so its decoder has to run over them only once.
+
+    Args:
+        teacher: a live causal LM. samples: tokenised ones, with every token but the first supervised.
+    """
+
+    provides = frozenset({Signal.LOGITS})
+
+    def __init__(self, teacher: LocalTeacher, samples: Dataset) -> None:
+        self.teacher, self.tokenizer, self.vocab_size = teacher, teacher.tokenizer, teacher.vocab_size
+        self._collate = collator("token", None)
+        self._hidden = {tuple(sample["input_ids"]): self._read(sample) for sample in samples}
+
+    def _read(self, sample: dict[str, Any]) -> Tensor:
+        batch = self._collate([{name: sample[name] for name in ("input_ids", "labels")}])
+        return self.teacher(batch, {Signal.LOGITS}).rows.hidden  # type: ignore[union-attr]
+
+    def prepare(self, accelerator: Any) -> None:
+        """Move to the accelerator's device."""
+        self.teacher.prepare(accelerator)
+
+    def __call__(self, batch: Batch, needs: Collection[Signal], vocab_size: int | None = None) -> Outputs:
+        """The rows of a batch of recorded samples."""
+        rows = zip(batch["input_ids"].tolist(), batch["attention_mask"].sum(-1).tolist(), strict=True)
+        hidden = torch.cat([self._hidden[tuple(ids[:length])] for ids, length in rows]).to(batch["input_ids"].device)
+        model: Any = self.teacher.model
+        scale, softcap = head_settings(model.config)
+        return Outputs(rows=HeadRows(hidden, head_of(model), scale=scale, softcap=softcap, vocab_size=vocab_size))
+
+
+@dataclass
+class Bench:
+    """Teacher, student with a copy of its start, and the samples: what all runs share."""
+
+    settings: dict[str, Any]
+    student: nn.Module
+    start: dict[str, Tensor]
+    teacher: RecordedTeacher
+    tokenizer: Any
+    train: Dataset
+    held_out: Dataset
+
+    def run(self, entry: dict[str, Any], seed: int) -> dict[str, Any]:
+        """Train from the start as the entry says, and measure; a loss that is not finite is a result, too."""
+        started = time.perf_counter()
+        try:
+            self._train(entry, seed)
+        except TrainingError as error:
+            return {"failed": str(error)}
+        seconds = round(time.perf_counter() - started, 1)
+        return {**self.measure(), "train_seconds": seconds}
+
+    def _train(self, entry: dict[str, Any], seed: int) -> None:
+        set_seed(seed)  # before learned parts are made
+        self.student.load_state_dict(self.start)
+        objective = build.objective(entry["objective"])
+        own = entry.get("teacher")
+        teacher = self.teacher if own is None else config.build("teacher", own, build.TABLES)
+        trainer = self._trainer(objective, teacher, seed)
+        trainer.train()
+        if trainer.interrupt.stopped:
+            raise KeyboardInterrupt
+        trainer.stop_unless_finite()
+
+    def measure(self) -> dict[str, float]:
+        """The student as it is, against the teacher on held-out text; the objective has no part in it."""
+        report = self._trainer(CrossEntropy(), self.teacher, seed=0).evaluate()
+        gc.collect()  # a trainer is a cycle, and holds the optimizer's state
+        names = (*MEASURES, "teacher_perplexity")
+        return {name: round(report[f"eval_{name}"], 6) for name in names}
+
+    def _trainer(self, objective: Objective, teacher: Teacher, seed: int) -> DistillTrainer:
+        block = {**self.settings["train"], "seed": seed, "save_strategy": "no", "logging_strategy": "no"}
+        with tempfile.TemporaryDirectory() as folder:
+            forced = {**start_processes(block), "report_to": "none", "disable_tqdm": True}
+            args = config.training_arguments(block, folder, **forced)
+            trainer = DistillTrainer(
+                self.student, teacher, objective, args, self.train, self.held_out, processing_class=self.tokenizer
+            )
+        trainer.pop_callback(PrinterCallback)
+        return trainer
+
+
+def make(settings: dict[str, Any]) -> Bench:
+    """Load and cut the models, prepare the text, let the teacher read it."""
+    with reading_once():
+        data = prepare(build.data_spec(settings), build.tokenizer(settings))
+        parts = build.parts({**settings, "data": {}, "objective": "cross_entropy"})
+    train = evenly_spaced(data.train, settings["train_samples"])
+    held_out = evenly_spaced(data.eval, settings["held_out_samples"])
+    samples = [*train, *held_out]
+    teacher = RecordedTeacher(parts.teacher, samples)  # type: ignore[arg-type]
+    start = {name: tensor.clone() for name, tensor in parts.model.state_dict().items()}
+    return Bench(settings, parts.model, start, teacher, parts.tokenizer, train, held_out)
+
+
+def evenly_spaced(samples: Any, count: int) -> Dataset:
+    """`count` samples at equal distances, so that every text has its share."""
+    return samples.select([i * len(samples) // count for i in range(count)])
