@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from llmkd.catalog import markdown
+from benchmarks.quality import report, results
+from benchmarks.quality.entries import methods
+from llmkd import catalog
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -22,7 +26,11 @@ def docs() -> None:
 def pages() -> dict[Path, str]:
     """Every generated page as it should be; a test compares it with what stands."""
     readme = ROOT / "README.md"
-    text = block(block(readme.read_text(), "methods", markdown()), "quickstart", quickstart_numbers())
+    quality = results.read(RESULTS / "quality.json")
+    text = readme.read_text()
+    blocks = {"methods": method_table(quality), "quickstart": quickstart_numbers(), "quality": report.section(quality)}
+    for name, content in blocks.items():
+        text = block(text, name, content)
     return {readme: text, ROOT / "recipes" / "README.md": recipe_list()}
 
 
@@ -33,6 +41,24 @@ def block(page: str, name: str, content: str) -> str:
     if not start or not end:
         raise ValueError(f"the page has no block '{name}'; expected <!-- {name} --> and <!-- /{name} -->")
     return f"{before}{start}\n{content}\n{end}{after}"
+
+
+def method_table(quality: Mapping[str, Any]) -> str:
+    """What `llmkd list --markdown` prints, and for each method its recipe and what it reached in quality.json."""
+    losses = results.spreads(quality)
+    own = {
+        "recipe": lambda entry: recipe_of(entry.name),
+        "held-out KL": lambda entry: report.cell(quality, losses, entry.name),
+    }
+    return catalog.markdown(columns={**catalog.COLUMNS, **own})
+
+
+def recipe_of(method: str) -> str:
+    """A link to the recipe that shows a method: the one of its name, else the one with the fewest methods beside it."""
+    used = {file.stem: methods(yaml.safe_load(file.read_text())) for file in (ROOT / "recipes").glob("*.yaml")}
+    found = [stem for stem in used if method in used[stem]]
+    best = min(found, key=lambda stem: (stem != method, len(used[stem]), stem), default=None)
+    return f"[{best}](recipes/{best}.yaml)" if best else ""
 
 
 def quickstart_numbers() -> str:

@@ -73,7 +73,7 @@ def list_(
     kind: Annotated[
         str | None, typer.Argument(help="divergence, objective, policy, schedule, teacher or model; all if left out.")
     ] = None,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table that README shows.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the methods as a Markdown table.")] = False,
 ) -> None:
     """Print every table: names, formulas, papers, how each was checked, knobs."""
     from llmkd import catalog

@@ -82,9 +82,9 @@ LEFT_OUT: dict[str, str] = {
 }
 
 
-def methods(block: Any) -> set[str]:
-    """The names of objectives, divergences, policies and schedules that a block of a recipe uses."""
-    return set(_named(block, "objective"))
+def methods(recipe: Mapping[str, Any]) -> set[str]:
+    """The names of objectives, divergences, policies, schedules and teachers that a recipe itself, not its parent, uses."""
+    return set(_named({key: recipe[key] for key in ("objective", "teacher") if key in recipe}, ""))
 
 
 def _named(block: Any, key: str) -> Iterator[str]:
@@ -103,4 +103,4 @@ def _named(block: Any, key: str) -> Iterator[str]:
 def uncovered() -> list[str]:
     """Methods of the tables that neither have an entry which uses them nor are left out with a reason."""
     names = [name for kind in COMPARED for name in TABLES[kind]]
-    return [n for n in names if n not in LEFT_OUT and n not in methods(ENTRIES.get(n, {}).get("objective"))]
+    return [name for name in names if name not in LEFT_OUT and name not in methods(ENTRIES.get(name, {}))]
