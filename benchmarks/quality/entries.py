@@ -33,6 +33,7 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "nkd": {"objective": [{"name": "nkd"}, {"name": "cross_entropy"}]},
     "ofa": {"objective": [{"name": "ofa"}, {"name": "cross_entropy"}]},
     "sinkd": {"objective": [{"name": "token", "divergence": "forward_kl"}, {"name": "sinkd", "weight": 0.2}]},
+    "ps_kd": {"objective": {"name": "ps_kd"}, "teacher": "previous_epoch"},
     "span": {"objective": [{"name": "token", "divergence": "forward_kl"}, {"name": "span"}]},
     "entropy_balance": {
         "objective": [
