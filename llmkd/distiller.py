@@ -54,7 +54,8 @@ class Distiller(nn.Module):
 
     def forward(self, teacher: Outputs | None = None, **batch: Tensor) -> Loss:
         """The objective's sums; in eval mode, `agreement.measure`'s sums as well."""
-        student = self.adapter.read(self.student, batch, self.objective.needs, self.vocab_size)
+        needs = self.objective.needs | self.objective.student_needs
+        student = self.adapter.read(self.student, batch, needs, self.vocab_size)
         for user in (self.objective, self.agreement):
             announce(user, student.rows.parameters())  # type: ignore[union-attr]
         for module in self.objective.row_modules():

@@ -17,8 +17,9 @@ from llmkd.types import Outputs, supervised_rows
 NAMES = sorted(OBJECTIVES)
 NEED_A_TEACHER = ["token", "sinkd", "dkd", "nkd", "ofa", "ps_kd", "span"]
 COUPLED = {
-    "sinkd"
-}  # the rows of one batch are coupled by a transport plan: parts do not add up; tests/golden says what does
+    "sinkd",
+    "uskd",
+}  # the rows of one batch are coupled: parts do not add up; tests/golden says what does
 ADDITIVE = [name for name in NAMES if name not in COUPLED]
 B, T, V, HS, HT = 4, 7, 11, 5, 3
 
@@ -38,7 +39,7 @@ def model(batch: dict[str, Tensor], size: int, seed: int, examples: slice = slic
     torch.manual_seed(seed)
     head, hidden = nn.Linear(size, V, bias=False).double(), 2 * torch.randn(B, T, size).double()
     kept = hidden[examples][batch["labels"] != -100]
-    return Outputs(rows=HeadRows(kept.requires_grad_(), head))
+    return Outputs(rows=HeadRows(kept.requires_grad_(), head), hidden_states=(hidden[examples],) * 3)
 
 
 def setting(examples: slice = slice(0, B)) -> tuple[Outputs, Outputs, dict[str, Tensor]]:

@@ -10,6 +10,7 @@ from llmkd.objectives.ps_kd import PSKD
 from llmkd.objectives.sinkhorn import SinKD
 from llmkd.objectives.span import SpanLoss
 from llmkd.objectives.token import TokenDistill
+from llmkd.objectives.uskd import USKD
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "token": TokenDistill,
@@ -20,7 +21,8 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "ofa": OFA,
     "ps_kd": PSKD,
     "span": SpanLoss,
+    "uskd": USKD,
 }
 
-__all__ = ["DKD", "NKD", "OBJECTIVES", "OFA", "PSKD", "CrossEntropy", "Mix", "Objective", "RowObjective", "SinKD", "SpanLoss",
-           "TokenDistill"]  # fmt: skip
+__all__ = ["DKD", "NKD", "OBJECTIVES", "OFA", "PSKD", "USKD", "CrossEntropy", "Mix", "Objective", "RowObjective", "SinKD",
+           "SpanLoss", "TokenDistill"]  # fmt: skip

@@ -23,11 +23,13 @@ class Objective(nn.Module, ABC):
 
     Attributes:
         needs: the teacher's signals that it reads; empty if it can do without a teacher.
+        student_needs: the student's signals that it reads beside those and its rows.
         reads: columns of the batch that it needs beside ids, mask and labels, such as `spans`.
         watches_steps: whether `after_step` wants the means of each optimizer step (which costs a host sync a step).
     """
 
     needs: frozenset[Signal] = frozenset()
+    student_needs: frozenset[Signal] = frozenset()
     reads: frozenset[str] = frozenset()
     watches_steps: bool = False
 
@@ -94,6 +96,7 @@ class Mix(Objective):
         self.parts = nn.ModuleList(objectives)
         self.schedules = [as_schedule(weight, "objective.weight") for weight in weights]
         self.needs = frozenset().union(*(part.needs for part in objectives))
+        self.student_needs = frozenset().union(*(part.student_needs for part in objectives))
         self.reads = frozenset().union(*(part.reads for part in objectives))
         self.watches_steps = bool(self._moving()) or any(part.watches_steps for part in objectives)
 

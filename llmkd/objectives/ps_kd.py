@@ -49,7 +49,7 @@ class PSKD(RowObjective):
         ConfigError: alpha is out of range; in training, a run of one epoch, or of data whose length is unknown.
 
     Reference: Kim et al. 2021 (PS-KD), ICCV, arXiv 2006.12000.
-    Fidelity: checked against the official code PS-KD-Pytorch (by reading: the target and the schedule, no numbers).
+    Fidelity: checked against the official code PS-KD-Pytorch (by reading; it stores what was said during the last epoch).
     """
 
     needs = frozenset({Signal.LOGITS})
