@@ -24,7 +24,7 @@ from llmkd.distributed import start_processes
 from llmkd.errors import TrainingError
 from llmkd.objectives import CrossEntropy, Objective
 from llmkd.rows import HeadRows
-from llmkd.teachers import LocalTeacher, Teacher
+from llmkd.teachers import TEACHERS, LocalTeacher, Teacher
 from llmkd.trainer import DistillTrainer
 from llmkd.types import Batch, Outputs, Signal
 from llmkd.weights import reading_once
@@ -118,29 +118,30 @@ class Bench:
         set_seed(seed)  # before learned parts are made
         self.student.load_state_dict(self.start)
         objective = build.objective(entry["objective"])
-        own = entry.get("teacher")
-        teacher = self.teacher if own is None else config.build("teacher", own, build.TABLES)
-        trainer = self._trainer(objective, teacher, seed)
-        trainer.train()
+        tables = {**build.TABLES, "teacher": {**TEACHERS, "recorded": lambda: self.teacher}}
+        teacher = config.build("teacher", entry.get("teacher", "recorded"), tables)
+        with tempfile.TemporaryDirectory() as folder:  # where Ctrl-C leaves a checkpoint
+            trainer = self._trainer(objective, teacher, seed, folder)
+            trainer.train()
         if trainer.interrupt.stopped:
             raise KeyboardInterrupt
         trainer.stop_unless_finite()
 
     def measure(self) -> dict[str, float]:
         """The student as it is, against the teacher on held-out text; the objective has no part in it."""
-        report = self._trainer(CrossEntropy(), self.teacher, seed=0).evaluate()
+        with tempfile.TemporaryDirectory() as folder:
+            report = self._trainer(CrossEntropy(), self.teacher, 0, folder).evaluate()
         gc.collect()  # a trainer is a cycle, and holds the optimizer's state
         names = (*MEASURES, "teacher_perplexity")
         return {name: round(report[f"eval_{name}"], 6) for name in names}
 
-    def _trainer(self, objective: Objective, teacher: Teacher, seed: int) -> DistillTrainer:
+    def _trainer(self, objective: Objective, teacher: Teacher, seed: int, folder: str) -> DistillTrainer:
         block = {**self.settings["train"], "seed": seed, "save_strategy": "no", "logging_strategy": "no"}
-        with tempfile.TemporaryDirectory() as folder:
-            forced = {**start_processes(block), "report_to": "none", "disable_tqdm": True}
-            args = config.training_arguments(block, folder, **forced)
-            trainer = DistillTrainer(
-                self.student, teacher, objective, args, self.train, self.held_out, processing_class=self.tokenizer
-            )
+        forced = {**start_processes(block), "report_to": "none", "disable_tqdm": True}
+        args = config.training_arguments(block, folder, **forced)
+        trainer = DistillTrainer(
+            self.student, teacher, objective, args, self.train, self.held_out, processing_class=self.tokenizer
+        )
         trainer.pop_callback(PrinterCallback)
         return trainer
 

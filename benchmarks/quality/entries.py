@@ -1,8 +1,9 @@
-"""What `quality` compares: a recipe's `objective:` (and `teacher:`, for a target of its own) for every method.
+"""What `quality` compares: a recipe's `objective:` for every method, and its `teacher:` where that is not the quickstart's.
 
 An entry bears the name of its method and uses the defaults of the method table, so that a number is of what the table shows.
 A divergence or a policy stands alone under `token`; a loss that is made to stand beside another has that other with it, as
 in its recipe: sinkd and span forward KL, nkd and ofa cross-entropy; by_metric needs a second loss whose weight it moves.
+A `teacher:` that wraps the quickstart's names it `recorded`.
 """
 
 from __future__ import annotations

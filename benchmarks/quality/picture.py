@@ -29,7 +29,7 @@ def draw(results: Mapping[str, Any], file: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("KL to the teacher on held-out text, nats per token (less is closer)")
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(loc="lower left", fontsize="small")
+    axes.legend(loc="upper right", fontsize="small")
     with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "quality"}):
         figure.savefig(file, metadata={"Date": None, "Creator": None})
 
