@@ -61,6 +61,7 @@ def _run(bench: Bench, jobs: list[tuple[str, int]], file: Path, found: dict[str,
                TextColumn("left"), TimeRemainingColumn())  # fmt: skip
     with Progress(*columns, console=Console(stderr=True), speed_estimate_period=24 * 3600) as progress:
         task = progress.add_task("quality", total=len(jobs))
+        progress.advance(task, 0)  # the time left is counted from here
         for name, seed in jobs:
             progress.update(task, description=f"{name}, seed {seed}")
             try:
