@@ -54,10 +54,11 @@ def method_table(quality: Mapping[str, Any]) -> str:
 
 
 def recipe_of(method: str) -> str:
-    """A link to the recipe that shows a method: the one of its name, else the one with the fewest methods beside it."""
+    """A link to the recipe that shows a method: the one of its name, else the one with the fewest methods beside it, the
+    quickstart before others."""
     used = {file.stem: methods(yaml.safe_load(file.read_text())) for file in (ROOT / "recipes").glob("*.yaml")}
     found = [stem for stem in used if method in used[stem]]
-    best = min(found, key=lambda stem: (stem != method, len(used[stem]), stem), default=None)
+    best = min(found, key=lambda stem: (stem != method, len(used[stem]), stem != "quickstart", stem), default=None)
     return f"[{best}](recipes/{best}.yaml)" if best else ""
 
 
