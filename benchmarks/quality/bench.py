@@ -34,11 +34,8 @@ LENGTH, BATCH = 64, 4
 
 
 def settings(quick: bool = False) -> dict[str, Any]:
-    """All that a run depends on beside its entry and seed: the quickstart's model, teacher, data and arguments, made short.
-
-    Two epochs, as self-distillation needs a previous one.
-    """
-    steps, held_out = (4, 8) if quick else (28, 48)
+    """All that a run depends on beside its entry and seed: the quickstart's model, teacher, data and arguments, made short."""
+    steps, held_out = (4, 8) if quick else (24, 40)
     recipe = config.load(
         QUICKSTART,
         [
@@ -51,7 +48,7 @@ def settings(quick: bool = False) -> dict[str, Any]:
         ],
     )
     del recipe["objective"], recipe["train"]["output_dir"]
-    return {**recipe, "train_samples": steps * BATCH // 2, "held_out_samples": held_out}
+    return {**recipe, "train_samples": steps * BATCH, "held_out_samples": held_out}
 
 
 class RecordedTeacher:
@@ -121,7 +118,7 @@ class Bench:
         tables = {**build.TABLES, "teacher": {**TEACHERS, "recorded": lambda: self.teacher}}
         teacher = config.build("teacher", entry.get("teacher", "recorded"), tables)
         with tempfile.TemporaryDirectory() as folder:  # where Ctrl-C leaves a checkpoint
-            trainer = self._trainer(objective, teacher, seed, folder)
+            trainer = self._trainer(objective, teacher, seed, folder, entry.get("epochs", 1))
             trainer.train()
         if trainer.interrupt.stopped:
             raise KeyboardInterrupt
@@ -135,12 +132,15 @@ class Bench:
         names = (*MEASURES, "teacher_perplexity")
         return {name: round(report[f"eval_{name}"], 6) for name in names}
 
-    def _trainer(self, objective: Objective, teacher: Teacher, seed: int, folder: str) -> DistillTrainer:
+    def _trainer(
+        self, objective: Objective, teacher: Teacher, seed: int, folder: str, epochs: int = 1
+    ) -> DistillTrainer:
         block = {**self.settings["train"], "seed": seed, "save_strategy": "no", "logging_strategy": "no"}
         forced = {**start_processes(block), "report_to": "none", "disable_tqdm": True}
         args = config.training_arguments(block, folder, **forced)
+        train = evenly_spaced(self.train, len(self.train) // epochs)
         trainer = DistillTrainer(
-            self.student, teacher, objective, args, self.train, self.held_out, processing_class=self.tokenizer
+            self.student, teacher, objective, args, train, self.held_out, processing_class=self.tokenizer
         )
         trainer.pop_callback(PrinterCallback)
         return trainer

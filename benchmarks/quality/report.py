@@ -41,8 +41,9 @@ def setup(results: Mapping[str, Any]) -> str:
     return (
         f"The quickstart's teacher (perplexity {results['start']['teacher_perplexity']:.1f}) and student start; "
         f"{train['max_steps']} steps of {train['per_device_train_batch_size']} x {settings['data']['max_length']} tokens at "
-        f"learning rate {train['learning_rate']:g}, the same tokens for every loss; {settings['held_out_samples']} held-out "
-        f"chunks; mean ± sample standard deviation over {seeds} seeds, each another order of the samples and other "
+        f"learning rate {train['learning_rate']:g}, the same {settings['train_samples']} chunks for every loss, read once "
+        f"(`ps_kd`: half of them, twice); {settings['held_out_samples']} held-out chunks; "
+        f"mean ± sample standard deviation over {seeds} seeds, each another order of the samples and other "
         "initial values of what a loss learns. Losses have the defaults of their lines above, none was tuned here: this is a "
         f"short run at one learning rate, chosen for forward KL, on {results['device']}, and the yardstick is forward KL "
         "itself, which favours losses like it. Compositions "
