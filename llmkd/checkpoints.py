@@ -17,6 +17,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from llmkd.adapters import unwrap
 from llmkd.disk import need_space, saving
+from llmkd.errors import ConfigError
 from llmkd.teachers.base import SelfTeacher, Teacher
 from llmkd.zero3 import gathered, size
 
@@ -137,12 +138,21 @@ class Checkpoints(Base):
         if checkpoint is not None:
             self.distiller.objective.load_step_state(json.loads(Path(checkpoint, STEP_STATE_FILE).read_text()))
             if isinstance(self.teacher, SelfTeacher):
-                self.teacher.load_state_dict(safetensors.torch.load_file(Path(checkpoint, TEACHER_FILE)))
+                self.teacher.load_state_dict(_copies(Path(checkpoint, TEACHER_FILE)))
 
     def _load_best_model(self) -> None:
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return super()._load_best_model()
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+
+def _copies(file: Path) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise ConfigError(
+            f"checkpoint: got {file.parent} without {file.name}; expected what the teacher copied from the student. "
+            "Resume from a checkpoint of a run with this teacher."
+        )
+    return safetensors.torch.load_file(file)
 
 
 def _mark(folder: Path) -> None:

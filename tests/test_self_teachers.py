@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -184,6 +183,12 @@ def test_only_checkpoints_hold_the_copies(make_trainer, tmp_path):
     assert trainer._checkpoint_bytes() > 4 * 4 * sum(p.numel() for p in trainer.distiller.parameters())
 
 
+def test_a_checkpoint_of_another_teacher_is_an_error(make_trainer, tmp_path):
+    make_trainer(None, CrossEntropy(), max_steps=2, save_strategy="steps", save_steps=2).train()
+    with pytest.raises(ConfigError, match=r"without teacher\.safetensors"):
+        make_trainer(EMA(), max_steps=4).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+
+
 def test_training_twice_goes_on_from_the_student_as_it_is(make_trainer):
     trainer, first = trained(make_trainer, "previous_epoch", steps=EPOCH + 2)
     second = Diary(trainer)
@@ -192,9 +197,6 @@ def test_training_twice_goes_on_from_the_student_as_it_is(make_trainer):
 
 
 def test_what_cannot_be_copied_is_an_error(make_trainer, make_model):
-    for state in ({"deepspeed_plugin": SimpleNamespace(zero_stage=3)}, {"fsdp_plugin": object()}):
-        with pytest.raises(ConfigError, match="expected whole weights"):
-            FrozenStart().prepare(SimpleNamespace(state=SimpleNamespace(**state)))
     with pytest.raises(ConfigError, match=r"bfloat16.*model\.dtype=float32"):
         make_trainer(EMA(), student=make_model().bfloat16())
     teacher = FrozenStart()

@@ -28,7 +28,7 @@ class Partition:
         by: "label" compares the label's probabilities, "top" the largest ones, which needs no label.
 
     Raises:
-        ConfigError: an unknown `by`, a teacher without logits or one that is made of the student, a sharded student.
+        ConfigError: an unknown `by`, a teacher without logits or one that is made of the student.
 
     Reference: Roth et al. 2024 (Fantastic Gains), arXiv 2310.17653, the data partition.
     Fidelity: checked against the authors' own description (the partition and both its terms; a token in an image's place).

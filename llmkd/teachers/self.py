@@ -1,7 +1,8 @@
 """Teachers that are the student itself at other times: its start, its last epoch, its moving average, its last few selves.
 
 Each snapshot is one copy of the weights that train, in their dtype; what is frozen (the base model under an adapter) is
-shared with the student. They run as the student does, in its mixed precision, but without dropout.
+shared with the student, except where ZeRO-3 or FSDP shards that: then it is one whole copy of all weights on every rank.
+They run as the student does, in its mixed precision, but without dropout.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from torch import Tensor, nn
 from llmkd.adapters import adapter_of, freeze
 from llmkd.combined import mean_rows
 from llmkd.errors import ConfigError
+from llmkd.heads import full
 from llmkd.types import Batch, Outputs, Signal
+from llmkd.zero3 import gathered
 
 CLOCK = "clock"
 
@@ -27,7 +30,7 @@ class Snapshots(ABC):
     """What all of them share: the copies, how they answer, how they are saved.
 
     Raises:
-        ConfigError: the student is sharded (ZeRO-3, FSDP), where no rank has all of its weights to copy.
+        ConfigError: a second student.
     """
 
     provides = frozenset({Signal.LOGITS, Signal.HIDDEN_STATES, Signal.ATTENTIONS})
@@ -41,18 +44,14 @@ class Snapshots(ABC):
         self._student: nn.Module | None = None
         self._clock = 0
         self._precision: Any = nullcontext
+        self._device: torch.device | None = None
+        self._shares = True
 
     def prepare(self, accelerator: Any) -> None:
-        """Take over the student's precision; refuse what shards it."""
-        plugin = getattr(accelerator.state, "deepspeed_plugin", None)
-        stage = getattr(plugin, "zero_stage", 0)
-        fsdp = getattr(accelerator.state, "fsdp_plugin", None) is not None
-        if stage == 3 or fsdp:
-            raise ConfigError(
-                f"teacher: got a snapshot of a student that {'FSDP' if fsdp else 'ZeRO-3'} shards; expected whole weights "
-                "on every rank. Use DDP, ZeRO-1 or ZeRO-2, or a local teacher."
-            )
-        self._precision = accelerator.autocast
+        """Take over the student's device and precision; share nothing with what will be sharded."""
+        zero3 = getattr(getattr(accelerator.state, "deepspeed_plugin", None), "zero_stage", 0) == 3
+        self._shares = not zero3 and getattr(accelerator.state, "fsdp_plugin", None) is None
+        self._precision, self._device = accelerator.autocast, accelerator.device
 
     @torch.no_grad()
     def observe(self, student: nn.Module, step: int, epoch: int) -> None:
@@ -67,7 +66,8 @@ class Snapshots(ABC):
             return
         self._student = student
         self._learned = frozenset(name for name, p in student.named_parameters() if p.requires_grad)
-        self._copies = [freeze(self._twin(student))]
+        with gathered(student.parameters()):
+            self._copies = [freeze(self._twin(student)).to(self._device)]
 
     @torch.no_grad()
     def __call__(self, batch: Batch, needs: Collection[Signal], vocab_size: int | None = None) -> Outputs:
@@ -80,7 +80,7 @@ class Snapshots(ABC):
     def state_dict(self) -> dict[str, Tensor]:
         """The copies' own tensors, each name behind its copy's number, and the time of the newest."""
         copies = enumerate(self._copies)
-        tensors = {f"{i}.{name}": tensor for i, model in copies for name, tensor in self._own(model)}
+        tensors = {f"{i}.{name}": tensor.contiguous() for i, model in copies for name, tensor in self._own(model)}
         return {**tensors, CLOCK: torch.tensor(self._clock)}
 
     @torch.no_grad()
@@ -103,18 +103,20 @@ class Snapshots(ABC):
 
     def _twin(self, model: nn.Module) -> nn.Module:
         """A copy of a model that shares what is frozen."""
-        shared = {id(p): p for name, p in model.named_parameters() if name not in self._learned}
-        return copy.deepcopy(model, shared)  # type: ignore[arg-type]
+        frozen = [p for name, p in model.named_parameters() if name not in self._learned] if self._shares else []
+        return copy.deepcopy(model, {id(p): p for p in frozen})
 
     def _own(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """The tensors of a copy that are not the student's: what trains, and buffers."""
         yield from ((name, p) for name, p in model.named_parameters() if name in self._learned)
         yield from model.named_buffers()
 
-    def _take(self, model: nn.Module, student: nn.Module) -> None:
-        """Copy the student's tensors into a copy."""
-        for (_, mine), (_, theirs) in zip(self._own(model), self._own(student), strict=True):
-            mine.copy_(theirs)
+    def _move_to(self, model: nn.Module, student: nn.Module, share: float = 1.0) -> None:
+        """Move a copy's weights towards the student's by a share of the way, its buffers wholly."""
+        for (name, mine), (_, theirs) in zip(self._own(model), self._own(student), strict=True):
+            with gathered([theirs]):
+                whole = full(theirs).to(mine)
+                mine.lerp_(whole, share) if share < 1 and name in self._learned else mine.copy_(whole)
 
 
 class FrozenStart(Snapshots):
@@ -140,7 +142,7 @@ class PreviousEpoch(Snapshots):
         return epoch
 
     def _move(self, student: nn.Module) -> None:
-        self._take(self._copies[0], student)
+        self._move_to(self._copies[0], student)
 
 
 class EMA(Snapshots):
@@ -175,11 +177,7 @@ class EMA(Snapshots):
         return step
 
     def _move(self, student: nn.Module) -> None:
-        for (name, mine), (_, theirs) in zip(self._own(self._copies[0]), self._own(student), strict=True):
-            if name in self._learned:
-                mine.lerp_(theirs, 1 - self.decay)
-            else:
-                mine.copy_(theirs)
+        self._move_to(self._copies[0], student, 1 - self.decay)
 
 
 class Votes(Snapshots):
@@ -210,5 +208,5 @@ class Votes(Snapshots):
     def _move(self, student: nn.Module) -> None:
         full = len(self._copies) == self.snapshots
         model = self._copies.pop(0) if full else self._twin(self._copies[0])
-        self._take(model, student)
+        self._move_to(model, student)
         self._copies.append(model)

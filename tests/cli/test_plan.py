@@ -39,6 +39,30 @@ def test_dry_run_reads_no_weights_and_writes_nothing(llmkd, recipe, models, tmp_
     assert any("memory" in line and "student weights" in line and "total" in line for line in comments)
 
 
+def test_dry_run_counts_the_copies_of_a_self_teacher(llmkd, recipe, models):
+    plain = llmkd("train", recipe({"model": str(models / "hollow")}), "--dry-run")
+    assert "snapshots" not in plain.out
+    file = recipe({"model": str(models / "hollow"), "teacher": {"name": "votes", "last": 1000}})
+    done = llmkd("train", file, "--dry-run")
+    assert done.code == 0, done.err
+    memory = next(line for line in done.out.splitlines() if "student snapshots" in line)
+    sizes = dict(part.rsplit(" ", 1) for part in memory.partition("GiB: ")[2].split(", "))
+    assert float(sizes["student snapshots"]) == pytest.approx(1000 * float(sizes["gradients"]), abs=6)
+    assert float(sizes["student snapshots"]) > 0
+    wrong = llmkd("train", recipe({"teacher": {"name": "votes", "last": 0}}), "--dry-run")
+    assert "votes.last" in wrong.error
+
+
+def test_dry_run_of_a_teacher_inside_a_teacher(llmkd, recipe, models):
+    inner = {"name": "local", "path": str(models / "hollow")}
+    file = recipe({"model": str(models / "hollow"), "teacher": {"name": "partition", "teacher": inner}})
+    done = llmkd("train", file, "--dry-run")
+    assert done.code == 0, done.err
+    assert any("student snapshots" in line and "teacher weights" in line for line in done.out.splitlines())
+    wrong = llmkd("train", recipe({"teacher": {"name": "partition", "teacher": inner, "by": "lable"}}), "--dry-run")
+    assert "label" in wrong.error
+
+
 def test_dry_run_and_an_adapter(llmkd, recipe, models):
     file = recipe({"model": str(models / "hollow"), "peft": {"r": 4, "target_modules": "all-linear"}})
     assert llmkd("train", file, "--dry-run").code == 0

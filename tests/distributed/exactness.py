@@ -1,128 +1,25 @@
-"""One global batch for every framework: the cases, how to run one of them, and what to remember of it."""
+"""One global batch for every framework: how to run one of the cases, and what to remember of it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from cases import OBJECTIVES, STUDENT_SIZE, TEACHER_SIZE, Case
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import save_file
-from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from llmkd import DistillTrainer, Mix, TokenDistill
+from llmkd import DistillTrainer
 from llmkd.data import Collator
-from llmkd.divergences import DACKL, Standardised
-from llmkd.objectives import OFA, Objective, SinKD, SpanLoss
-from llmkd.schedules import Linear
 from llmkd.students.tiny import byte_tokenizer, tiny_config, tiny_model
-from llmkd.types import Batch, Loss, Outputs, Signal, supervised_rows
+from llmkd.teachers import EMA
 
 STEPS, BATCH, RESUME_AT = 5, 8, 2
-STUDENT_SIZE, TEACHER_SIZE = 32, 48
 EXPORT, MERGED, WEIGHTS, REPORT = "student", "merged", "weights.safetensors", "report.json"
-
-
-@dataclass(frozen=True)
-class Case:
-    """What a run trains; `accumulation` micro-batches a step on each of two processes."""
-
-    name: str
-    objective: str = "tokens"
-    tied: bool = False
-    lora: bool = False
-    empty: bool = False
-    adamw: bool = False
-    max_grad_norm: float = 0.0
-    accumulation: int = 1
-    evaluate: bool = False
-    resume: bool = False
-
-
-CASES = (
-    Case("projector", "projected", accumulation=2, evaluate=True),
-    Case("tied_clipped", "projected", tied=True, max_grad_norm=0.5),
-    Case("adamw", "projected", adamw=True, max_grad_norm=0.5, accumulation=2, resume=True),
-    Case("empty_rank", "projected", empty=True),
-    Case("empty_rank_tied", empty=True, tied=True, accumulation=2),
-    Case("learned", "learned", accumulation=2),
-    Case("modules", "modules", empty=True),
-    Case("coupled", "coupled", tied=True, empty=True),
-    Case("lora", lora=True, tied=True, adamw=True, accumulation=2, resume=True),
-)
-
-
-def plain_reverse_kl(log_t: Tensor, log_s: Tensor) -> Tensor:
-    """KL(q || p), nats, without a closed-form gradient: the driver has to use autograd."""
-    return (log_s.exp() * (log_s - log_t)).sum(-1)
-
-
-class Temper(nn.Module):
-    """A divergence with a parameter of its own: KL(p || q) with the teacher's log-probabilities scaled by it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.power = nn.Parameter(torch.tensor([0.5]))  # FSDP2 and ZeRO-3 cannot shard a scalar
-
-    def forward(self, log_t: Tensor, log_s: Tensor) -> Tensor:
-        """[n, k], [n, k] -> [n] nats."""
-        log_p = (log_t * self.power).log_softmax(-1)
-        return (log_p.exp() * (log_p - log_s)).sum(-1)
-
-
-class Projected(Objective):
-    """Token distillation and the squared error of projected last hidden states, on the supervised rows."""
-
-    needs = frozenset({Signal.LOGITS, Signal.HIDDEN_STATES})
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tokens = tokens()
-        self.projector = nn.Linear(STUDENT_SIZE, TEACHER_SIZE)
-
-    def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Loss:
-        """Sums over the batch's supervised rows."""
-        loss = self.tokens(student, teacher, batch)
-        mine, theirs = (_last(outputs, batch) for outputs in (student, teacher))
-        error = (self.projector(mine) - theirs).square().mean(-1).sum()
-        return {**loss, "total": loss["total"] + 0.3 * error, "hidden": error.detach()}
-
-
-def tokens() -> Mix:
-    """A divergence with a closed-form gradient, and one without."""
-    return Mix([TokenDistill("forward_kl"), TokenDistill(plain_reverse_kl, temperature=2.0)], weights=[1.0, 0.5])
-
-
-def modules() -> Mix:
-    """Divergences that are modules, with parameters and without, under policies; a loss that reads the label."""
-    parts = [TokenDistill(Standardised(), policy="entropy_balance"), TokenDistill(Temper(), policy="reciprocal_rank")]
-    return Mix([*parts, OFA()], weights=[Linear(1.0, 0.5), 1.0, 0.5])
-
-
-def coupled() -> Mix:
-    """Losses that look at several rows at once, within a sequence, and DAC-KL, whose network learns."""
-    sinkd = SinKD(granularity="sequence", top_k=512)
-    return Mix([sinkd, SpanLoss(top_k=8), TokenDistill(DACKL(top_k=8))], weights=[0.1, 1.0, 1.0])
-
-
-OBJECTIVES: dict[str, Callable[[], Objective]] = {
-    "tokens": tokens,
-    "projected": Projected,
-    "learned": lambda: TokenDistill(Temper()),
-    "modules": modules,
-    "coupled": coupled,
-}
-
-
-def _last(outputs: Outputs | None, batch: Batch) -> Tensor:
-    assert outputs is not None
-    assert outputs.hidden_states is not None
-    return outputs.hidden_states[-1].flatten(0, 1).index_select(0, supervised_rows(batch))
 
 
 def write_models(folder: Path) -> None:
@@ -191,7 +88,7 @@ def trainer(
     lora = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
     return DistillTrainer(
         model=_load(models / ("tied" if case.tied else "untied")),
-        teacher=_load(models / "teacher"),
+        teacher=EMA(decay=0.5) if case.ema else _load(models / "teacher"),
         objective=OBJECTIVES[case.objective](),
         args=args,
         train_dataset=train_rows(case),

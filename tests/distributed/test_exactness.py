@@ -14,7 +14,8 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from exactness import CASES, EXPORT, MERGED, REPORT, STEPS, WEIGHTS, Case, run, write_models
+from cases import CASES, Case
+from exactness import EXPORT, MERGED, REPORT, STEPS, WEIGHTS, run, write_models
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from exactness import BATCH, CASES, resume, run
+from cases import CASES
+from exactness import BATCH, resume, run
 
 from llmkd.distributed import start_processes
 
