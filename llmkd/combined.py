@@ -59,7 +59,10 @@ class MeanRows:
             total = torch.logaddexp(total, log_softmax(part.logits(rows)))
         return total - math.log(len(self.parts))
 
-    def block(self, rows: slice) -> DenseRows:
+    def space(self, rows: int) -> None:
+        """What `block` writes into: nothing."""
+
+    def block(self, rows: slice, space: Tensor | None = None) -> DenseRows:
         """Some of the rows, computed now."""
         return DenseRows(self.logits(rows))
 
@@ -112,7 +115,10 @@ class SurerRows:
         chosen = _log_sureness(first, label) > _log_sureness(second, label)
         return torch.where(chosen.unsqueeze(-1), first, second)
 
-    def block(self, rows: slice) -> DenseRows:
+    def space(self, rows: int) -> None:
+        """What `block` writes into: nothing."""
+
+    def block(self, rows: slice, space: Tensor | None = None) -> DenseRows:
         """Some of the rows, computed now."""
         return DenseRows(self.logits(rows))
 

@@ -18,7 +18,7 @@ from llmkd.divergences.closed_form import closed_form
 from llmkd.heads import DenseRows, HeadRows, TopKRows
 from llmkd.support import log_softmax
 
-CACHED_ELEMENTS = 2**19  # 2 MiB of float32: a few such tensors stay in a CPU's cache
+CACHED_ELEMENTS = 2**18  # 1 MiB of float32: a few such tensors stay in a CPU's cache
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,15 @@ class FusedSum(torch.autograd.Function):
         teacher = teacher.cast(autocast=False) if teacher is not None else None
         grads = [_buffer(t) if need else None for t, need in zip(tensors, needed, strict=True)]
         trained = [(t, g) for t, g in zip(tensors[count:], grads[count:], strict=True) if g is not None]
-        tally = _Tally(terms, teacher, any(needed[:count]), trained, tensors[0])
+        longest = max(rows.stop - rows.start for rows in chunks)
+        tally = _Tally(terms, teacher, any(needed[:count]), trained, tensors[0], longest)
+        space = work.space(longest)
         with torch.autocast(tensors[0].device.type, enabled=False):
             for rows in chunks:
-                logits = tally.chunk(work.logits(rows), rows, work)
+                logits = tally.chunk(work.project(rows, space), rows, work)
                 if tally.need_logits:
                     work.pull_back(rows, logits, grads[:count])
-        ctx.save_for_backward(*(g for g in grads if g is not None))
-        ctx.slots = [g is not None for g in grads]
+        ctx.grads = grads
         ctx.dtypes = [t.dtype for t in tensors]
         ctx.mark_non_differentiable(tally.sums)
         return tally.total, tally.sums
@@ -74,12 +75,18 @@ class FusedSum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, grad_sums: Tensor) -> tuple[Any, ...]:
-        saved = iter(ctx.saved_tensors)
-        grads = [
-            (next(saved) * grad_total).to(dtype) if slot else None
-            for slot, dtype in zip(ctx.slots, ctx.dtypes, strict=True)
-        ]
-        return None, None, None, None, *grads
+        grads: list[Tensor | None] | None = ctx.grads
+        if grads is None:
+            raise RuntimeError("this loss went backward before; expected retain_graph=True there. Add it.")
+        if torch._C._autograd._get_current_graph_task_keep_graph():  # another backward may follow
+            grads = [None if grad is None else grad * grad_total for grad in grads]
+        else:  # scaled in place and handed over: a copy of dW costs as much as a fifth of its GEMM
+            ctx.grads = None
+            for grad in grads:
+                if grad is not None:
+                    grad *= grad_total
+        pairs = zip(grads, ctx.dtypes, strict=True)
+        return None, None, None, None, *(None if grad is None else grad.to(dtype) for grad, dtype in pairs)
 
 
 def _buffer(tensor: Tensor) -> Tensor:
@@ -97,25 +104,22 @@ class _Tally:
         need_logits: bool,
         trained: list[tuple[Tensor, Tensor]],
         like: Tensor,
+        longest: int,
     ) -> None:
         self.terms, self.need_logits, self.trained = terms, need_logits, trained
         self.teacher = teacher if any(term.needs_teacher for term in terms) else None
+        self.space = None if self.teacher is None else self.teacher.space(longest)
         dtype = torch.promote_types(like.dtype, torch.float32)
         self.total = torch.zeros((), dtype=dtype, device=like.device)
         self.sums = torch.zeros(len(terms), dtype=dtype, device=like.device)
-        self.closed = [self._closed_form(term) if need_logits else None for term in terms]
+        self.closed = [closed_form(term.fn) if need_logits and term.scale != 0 else None for term in terms]
         learns = need_logits or bool(trained)
         pairs = zip(terms, self.closed, strict=True)
         self.traced = [learns and form is None and term.scale != 0 for term, form in pairs]
 
-    def _closed_form(self, term: Term) -> Any:
-        """The term's closed form, where the events are the student's own V columns."""
-        coarse = isinstance(self.teacher, TopKRows) and term.needs_teacher
-        return None if coarse or term.scale == 0 else closed_form(term.fn)
-
     def chunk(self, logits: Tensor, rows: slice, student: DenseRows | HeadRows) -> Tensor:
         """Add up one chunk [m, V]; returns d total / d (head output), in place of the logits where there is room."""
-        teacher = None if self.teacher is None else self.teacher.block(rows)
+        teacher = None if self.teacher is None else self.teacher.block(rows, self.space)
         out = logits if isinstance(student, HeadRows) else torch.empty_like(logits)
         for tile in _tiles(logits):
             slope = self.tile(logits[tile], teacher, tile, slice(rows.start + tile.start, rows.start + tile.stop))
@@ -137,6 +141,7 @@ class _Tally:
                 weights = _weights(term, rows, log_t, log_s, event)
                 if closed is not None:
                     values, slope = closed(log_t, log_s, *extra)
+                    slope = pairs.spread(slope, term)
                 else:
                     values = term.fn(log_t, log_s, *extra)
                 weighted = _weigh(values, weights) * term.scale
@@ -220,6 +225,12 @@ class _Pairs:
         if key not in self.both:
             self.both[key] = self.teacher.align(self.tile, self.student[key], term.temperature)
         return self.both[key]
+
+    def spread(self, slope: Tensor, term: Term) -> Tensor:
+        """From the derivative by the events' logits to that by the student's V, at the term's temperature."""
+        if not (isinstance(self.teacher, TopKRows) and term.needs_teacher):
+            return slope
+        return self.teacher.spread(self.tile, slope, self.student[term.temperature, torch.is_grad_enabled()])
 
     def event(self, term: Term, rows: slice) -> Tensor:
         """The index of each row's label among the events."""

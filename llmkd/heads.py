@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from llmkd.support import coarsen, log_softmax, log_tail
 
+WIDENED = 2**14  # rows of a weight gradient in half precision at a time, on their way into float32
+
 
 def full(weight: Tensor) -> Tensor:
     """The whole tensor of a sharded parameter (FSDP2's DTensor), or the tensor itself."""
@@ -58,8 +60,15 @@ class DenseRows:
         """The rows of these indices; gradients flow back."""
         return DenseRows(self.values.index_select(0, chosen))
 
-    def block(self, rows: slice) -> DenseRows:
-        """Some of the rows, computed now."""
+    def space(self, rows: int) -> None:
+        """What `project` writes into: nothing, the logits are there."""
+
+    def project(self, rows: slice, space: Tensor | None) -> Tensor:
+        """Logits of some rows, [m, V], without a graph."""
+        return self.values[rows]
+
+    def block(self, rows: slice, space: Tensor | None) -> DenseRows:
+        """Some of the rows."""
         return DenseRows(self.values[rows])
 
     def through(self, grad: Tensor, logits: Tensor) -> Tensor:
@@ -137,9 +146,25 @@ class HeadRows:
         """Both models' log-probabilities on the same V events; see `support.pair`."""
         return _dense_pair(self.logits(rows), log_s, temperature)
 
-    def block(self, rows: slice) -> DenseRows:
-        """Some of the rows, projected now."""
-        return DenseRows(self.logits(rows))
+    def space(self, rows: int) -> Tensor:
+        """Room for the logits of so many rows: chunks share it, as fresh memory costs a tenth of a projection."""
+        return self.hidden.new_empty(rows, self.vocab_size)
+
+    def project(self, rows: slice, space: Tensor | None) -> Tensor:
+        """`logits` without a graph, written into `space`."""
+        weight, bias, hidden = self.head.weight[: self._columns].t(), self.head.bias, self.hidden[rows]
+        z = space[: len(hidden)]  # type: ignore[index]
+        if bias is None:
+            torch.mm(hidden, weight, out=z)
+        else:
+            torch.addmm(bias[: self._columns], hidden, weight, out=z)
+        if self.scale != 1.0:
+            z.mul_(self.scale)
+        return z if self.softcap is None else z.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    def block(self, rows: slice, space: Tensor | None) -> DenseRows:
+        """Some of the rows, projected now into `space`."""
+        return DenseRows(self.project(rows, space))
 
     def through(self, grad: Tensor, logits: Tensor) -> Tensor:
         """From d/dlogits to d/d(head output): back through soft-cap and scale."""
@@ -153,11 +178,7 @@ class HeadRows:
         if into[0] is not None:
             into[0][rows] = (grad @ weight).to(into[0].dtype)
         if into[1] is not None:
-            columns = into[1][: self._columns]
-            if columns.dtype == grad.dtype:
-                columns.addmm_(grad.t(), hidden)
-            else:
-                columns += grad.t() @ hidden
+            _add_product(into[1][: self._columns], grad, hidden)
         if len(into) > 2 and into[2] is not None:
             into[2][: self._columns] += grad.sum(0, dtype=into[2].dtype)
 
@@ -192,7 +213,10 @@ class TopKRows:
         """The rows of these indices."""
         return TopKRows(self.ids[chosen], self.log_probs[chosen], self.vocab_size, self.temperature)
 
-    def block(self, rows: slice) -> TopKRows:
+    def space(self, rows: int) -> None:
+        """Nothing is projected."""
+
+    def block(self, rows: slice, space: Tensor | None) -> TopKRows:
         """Some of the rows."""
         return TopKRows(self.ids[rows], self.log_probs[rows], self.vocab_size, self.temperature)
 
@@ -208,6 +232,17 @@ class TopKRows:
         if ids.shape[-1] < self.vocab_size:
             log_t = torch.cat([log_t, log_tail(log_t)], dim=-1)
         return log_t, coarsen(log_s, ids)
+
+    def spread(self, rows: slice, slope: Tensor, log_s: Tensor) -> Tensor:
+        """From the derivative by the events' logits, [m, K] or [m, K + 1], to that by the logits z of log_s, [m, V].
+
+        d/dz_v is that of the event v; what the tail is due goes to its tokens by their share of it.
+        """
+        ids, kept = self.ids[rows], slope[:, : self.ids.shape[-1]]
+        if kept.shape == slope.shape:
+            return slope.new_empty(log_s.shape).scatter_(-1, ids, kept)
+        shares = torch.softmax(log_s.scatter(-1, ids, float("-inf")), -1)
+        return shares.nan_to_num_(0.0).mul_(slope[:, -1:]).scatter_(-1, ids, kept)
 
     def find(self, rows: slice, label: Tensor) -> Tensor:
         """The event [m] of each label: its place among the K ids, or K, the tail."""
@@ -228,6 +263,15 @@ def one_dtype(tensors: Sequence[Tensor], autocast: bool) -> list[Tensor]:
     kind = tensors[1].device.type
     dtype = torch.get_autocast_dtype(kind) if autocast and torch.is_autocast_enabled(kind) else tensors[1].dtype
     return [t.to(dtype) for t in tensors]
+
+
+def _add_product(into: Tensor, grad: Tensor, hidden: Tensor) -> None:
+    """into += grad^T hidden, [V, H]: of half precision into float32, some columns of `grad` at a time."""
+    if into.dtype == grad.dtype:
+        into.addmm_(grad.t(), hidden)
+        return
+    for part, columns in zip(into.split(WIDENED), grad.split(WIDENED, dim=-1), strict=True):
+        part += columns.t() @ hidden
 
 
 def _dense_pair(teacher_logits: Tensor, log_s: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ __all__ = ["DenseRows", "HeadRows", "Term", "TopKRows", "full", "look", "per_row
 
 BUDGET_MB = 256
 CHUNK_TENSORS = 6  # [rows, vocab] fp32 tensors alive at once: both models' logits, log-probabilities, work space
-TILED_TENSORS = 4  # where a chunk's elementwise part runs in small tiles (`fused.py`)
+TILED_TENSORS = 2.25  # where a chunk's elementwise part runs in small tiles (`fused.py`): logits, and a few tiles
 
 
 def weighted_sum(
@@ -74,10 +74,10 @@ def reduce(
         _same_length(len(student), teacher, term.weights, term.label, *term.per_row)
     if teacher is not None:
         teacher = teacher.using([t.detach() for t in teacher.tensors()])
-    chunks = chunk_slices(student, budget_mb, chunk_rows, tiled=True)
     modules = nn.ModuleList(term.fn for term in terms if isinstance(term.fn, nn.Module))
     parameters = list(modules.parameters())  # each once, however many terms share it
     tensors = [*student.tensors(), *parameters]
+    chunks = chunk_slices(student, tensors[: len(tensors) - len(parameters)], budget_mb, chunk_rows, tiled=True)
     if not torch.is_grad_enabled():
         tensors = [tensor.detach() for tensor in tensors]  # an autograd.Function does not look at the grad mode
     return FusedSum.apply(list(terms), student, teacher, chunks, *tensors)
@@ -104,7 +104,7 @@ def per_row(
         log_t, log_s = pair(student.using(inputs).logits(rows), teacher, rows, temperature)
         return fn(log_t, log_s, *(values[rows] for values in per_row))
 
-    slices = chunk_slices(student, budget_mb, chunk_rows, tiled=False)
+    slices = chunk_slices(student, tensors, budget_mb, chunk_rows, tiled=False)
     return torch.cat([checkpoint(chunk, rows, *tensors, use_reentrant=False) for rows in slices])  # type: ignore[arg-type]
 
 
@@ -129,7 +129,7 @@ def look(
         [n, ...].
     """
     rows = rows.cast(autocast)
-    slices = chunk_slices(rows, budget_mb, chunk_rows, tiled=False)
+    slices = chunk_slices(rows, rows.tensors(), budget_mb, chunk_rows, tiled=False)
     with torch.autocast(rows.tensors()[0].device.type, enabled=False):
         given = ((log_softmax(rows.logits(part), temperature), *(x[part] for x in per_row)) for part in slices)
         return torch.cat([fn(*values) for values in given])
@@ -140,11 +140,19 @@ def pick(rows: Any, chosen: Tensor) -> Any:
     return rows.pick(chosen)
 
 
-def chunk_slices(student: DenseRows | HeadRows, budget_mb: int, chunk_rows: int | None, tiled: bool) -> list[slice]:
-    """Cut n rows into equal chunks whose work space fits the budget; one empty chunk for no rows."""
-    rows, on_cpu = len(student), student.tensors()[0].device.type == "cpu"
-    row_bytes = student.vocab_size * 4 * (TILED_TENSORS if tiled and on_cpu else CHUNK_TENSORS)
-    size = chunk_rows or max(1, budget_mb * 2**20 // row_bytes)
+def chunk_slices(
+    student: DenseRows | HeadRows, tensors: Sequence[Tensor], budget_mb: int, chunk_rows: int | None, tiled: bool
+) -> list[slice]:
+    """Cut n rows into equal chunks whose work space fits the budget; one empty chunk for no rows.
+
+    `tensors` are the student's; `tiled`: what a chunk holds on a CPU is logits, in their own dtype.
+    """
+    rows, kind = len(student), tensors[0].device.type
+    row_bytes = student.vocab_size * 4 * CHUNK_TENSORS
+    if tiled and kind == "cpu":
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensors[-1].dtype
+        row_bytes = student.vocab_size * dtype.itemsize * TILED_TENSORS
+    size = chunk_rows or max(1, int(budget_mb * 2**20 / row_bytes))
     count = max(1, math.ceil(rows / size))
     size = max(1, math.ceil(rows / count))
     return [slice(start, min(start + size, rows)) for start in range(0, max(rows, 1), size)]

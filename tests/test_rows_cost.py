@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llmkd.divergences import DIVERGENCES
 from llmkd.divergences.dac_kl import WIDTH
-from llmkd.rows import DenseRows, HeadRows, TopKRows, per_row, weighted_sum
+from llmkd.objectives.cross_entropy import nll
+from llmkd.rows import DenseRows, HeadRows, Term, TopKRows, per_row, reduce, weighted_sum
 
 N, V, HS, HT, CHUNK = 60, 97, 4, 3, 5
 KL = DIVERGENCES["forward_kl"]
@@ -105,8 +107,12 @@ def in_place_product(into, a, b, **_) -> int:
 
 def flops(driver: str, fn, student, teacher) -> int:
     """Of the forward and the backward pass, in-place products included."""
+    return flops_of(lambda: drive(driver, fn, student, teacher, chunk_rows=CHUNK))
+
+
+def flops_of(make_loss: Callable[[], Tensor]) -> int:
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place_product}) as counter:
-        loss = drive(driver, fn, student, teacher, chunk_rows=CHUNK)
+        loss = make_loss()
         if loss.requires_grad:
             loss.backward()
     return counter.get_total_flops()
@@ -123,6 +129,43 @@ def test_head_products_of_the_weighted_sum(fn):
     ids = torch.arange(8).expand(N, 8)
     top = TopKRows(ids, torch.full((N, 8), 0.1).log(), V)
     assert flops("weighted_sum", fn, student, top) == 2 * N * V * 2 * HS
+
+
+def test_a_mix_shares_one_projection():
+    student, teacher = models()
+    label = torch.arange(N) % V
+    taid = instance(DIVERGENCES, "taid", torch.float32)
+    terms = [Term(fn, weight) for fn, weight in ((KL, 1.0), (DIVERGENCES["jsd"], 0.5), (taid, 2.0), (by_autograd, 1.0))]
+    terms += [Term(KL, temperature=2.0), Term(nll, 0.1, label=label, needs_teacher=False), Term(KL, 0.0)]
+    whole = flops_of(lambda: reduce(terms, student, teacher, chunk_rows=CHUNK)[0])
+    assert whole == 2 * N * V * (3 * HS + HT)
+    alone = flops_of(lambda: reduce([terms[-2]], student, teacher, chunk_rows=CHUNK)[0])
+    assert alone == 2 * N * V * 3 * HS, "no term asks for the teacher's rows"
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "taid"])
+@pytest.mark.parametrize("top_k", [False, True])
+def test_the_closed_form_is_what_runs(name, top_k, monkeypatch):
+    monkeypatch.setattr("llmkd.fused._Tally._trace_back", None)
+    student, teacher = models()
+    if top_k:
+        teacher = TopKRows(torch.arange(8).expand(N, 8), torch.full((N, 8), 0.1).log(), V)
+    terms = [Term(instance(DIVERGENCES, name, torch.float32))]
+    terms += [Term(nll, 0.1, label=torch.zeros(N, dtype=torch.long), needs_teacher=False)]
+    reduce(terms, student, teacher)[0].backward()
+    assert student.hidden.grad.abs().sum() > 0
+
+
+def test_the_gradient_is_handed_over_without_a_copy():
+    student, teacher = models()
+    loss = weighted_sum(KL, student, teacher, torch.ones(N))
+    kept = torch.autograd.grad(3 * loss, [student.hidden, student.head.weight], retain_graph=True)
+    made = [grad.data_ptr() for grad in loss.grad_fn.grads]
+    last = torch.autograd.grad(3 * loss, [student.hidden, student.head.weight])
+    assert [grad.data_ptr() for grad in last] == made
+    assert all(torch.equal(a, b) for a, b in zip(kept, last, strict=True))
+    with pytest.raises(RuntimeError, match="retain_graph=True"):
+        torch.autograd.grad(loss, [student.hidden])
 
 
 def test_a_cut_vocabulary_costs_nothing_beyond_the_cut():

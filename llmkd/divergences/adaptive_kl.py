@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llmkd.divergences.closed_form import with_grad
 from llmkd.divergences.kl import forward_kl, reverse_kl
-from llmkd.divergences.numerics import expectation, log_ratio, open_unit
+from llmkd.divergences.numerics import expectation, log_ratio, open_unit, probabilities
 from llmkd.errors import unknown_name
 
 Variant = Literal["official", "dskd"]
@@ -20,7 +20,7 @@ MARGIN = 1e-3  # of mass, far above what rounding can move
 def _adaptive_kl(
     log_t: Tensor, log_s: Tensor, *, mu: float = 0.5, variant: Variant = "official"
 ) -> tuple[Tensor, Tensor]:
-    p, q, ratio = log_t.exp(), log_s.exp(), log_ratio(log_s, log_t)
+    p, q, ratio = probabilities(log_t), probabilities(log_s), log_ratio(log_s, log_t)
     share = head_share(p, q, mu, variant).unsqueeze(-1)
     reverse = expectation(q, ratio)
     value = torch.lerp(reverse, -expectation(p, ratio), share.squeeze(-1))

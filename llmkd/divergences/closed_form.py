@@ -6,7 +6,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 ValueAndGrad = Callable[..., tuple[Tensor, Tensor]]
 F = TypeVar("F", bound=Callable[..., Tensor])
@@ -29,9 +30,7 @@ def with_grad(value_and_grad: ValueAndGrad) -> Callable[[F], F]:
 
 
 def closed_form(fn: Callable[..., Any]) -> ValueAndGrad | None:
-    """The closed form that a divergence carries, with its knobs bound, or None."""
-    if isinstance(fn, nn.Module):
-        return None
+    """The closed form that a divergence carries, with its knobs bound, or None; a module's is a method of it."""
     if isinstance(fn, partial):
         inner = closed_form(fn.func)
         return partial(inner, *fn.args, **fn.keywords) if inner else None
@@ -40,4 +39,4 @@ def closed_form(fn: Callable[..., Any]) -> ValueAndGrad | None:
 
 def through_softmax(slope: Tensor, q: Tensor) -> Tensor:
     """d/dz from `slope` = d/dlog_s, where q = exp(log_s) = softmax(z): slope - q * sum(slope), [n, k] -> [n, k]."""
-    return slope - q * slope.sum(-1, keepdim=True)
+    return torch.addcmul(slope, q, slope.sum(-1, keepdim=True), value=-1)

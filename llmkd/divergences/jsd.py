@@ -5,16 +5,16 @@ from __future__ import annotations
 from torch import Tensor
 
 from llmkd.divergences.closed_form import with_grad
-from llmkd.divergences.numerics import expectation, log_mixture, log_ratio, open_unit
+from llmkd.divergences.numerics import expectation, finite_log, log_mixture, log_ratio, open_unit, probabilities
 
 
 def _jsd(log_t: Tensor, log_s: Tensor, *, beta: float = 0.5) -> tuple[Tensor, Tensor]:
     open_unit("beta", beta, "use forward_kl", "use reverse_kl")
-    p, q = log_t.exp(), log_s.exp()
+    p, q = probabilities(log_t), probabilities(log_s)
     log_m = log_mixture(p, q, beta)
-    ratio = log_ratio(log_s, log_m)
+    ratio = finite_log(log_s).sub_(log_m)
     to_student = expectation(q, ratio)
-    value = beta * expectation(p, log_ratio(log_t, log_m)) + (1 - beta) * to_student
+    value = beta * expectation(p, finite_log(log_t).sub_(log_m)) + (1 - beta) * to_student
     return value, ratio.sub_(to_student.unsqueeze(-1)).mul_(q).mul_(1 - beta)
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from llmkd.divergences.closed_form import with_grad
-from llmkd.divergences.numerics import expectation, log_ratio
+from llmkd.divergences.numerics import expectation, log_ratio, probabilities
 
 
 def _forward_kl(log_t: Tensor, log_s: Tensor) -> tuple[Tensor, Tensor]:
-    p = log_t.exp()
-    return expectation(p, log_ratio(log_t, log_s)), log_s.exp().sub_(p)
+    p = probabilities(log_t)
+    return expectation(p, log_ratio(log_t, log_s)), probabilities(log_s).sub_(p)
 
 
 @with_grad(_forward_kl)
@@ -33,7 +33,7 @@ def forward_kl(log_t: Tensor, log_s: Tensor) -> Tensor:
 
 
 def _reverse_kl(log_t: Tensor, log_s: Tensor) -> tuple[Tensor, Tensor]:
-    q, ratio = log_s.exp(), log_ratio(log_s, log_t)
+    q, ratio = probabilities(log_s), log_ratio(log_s, log_t)
     value = expectation(q, ratio)
     return value, ratio.sub_(value.unsqueeze(-1)).mul_(q)
 

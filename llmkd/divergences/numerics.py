@@ -26,6 +26,11 @@ def finite_log(log_p: Tensor) -> Tensor:
     return torch.nan_to_num(log_p, nan=math.nan, neginf=LOG_ZERO)
 
 
+def probabilities(log_p: Tensor) -> Tensor:
+    """exp(log_p) of rows that sum to 1, without a graph; on a CPU a softmax is the fastest way to it."""
+    return torch.softmax(log_p, -1) if log_p.device.type == "cpu" else log_p.exp()
+
+
 def expectation(p: Tensor, values: Tensor) -> Tensor:
     """sum_v p(v) values(v), [n, k] x [n, k] -> [n]."""
     return torch.linalg.vecdot(p, values)
@@ -33,7 +38,12 @@ def expectation(p: Tensor, values: Tensor) -> Tensor:
 
 def log_mixture(p: Tensor, q: Tensor, weight: float) -> Tensor:
     """log(weight * p + (1 - weight) * q) of probabilities; without a gradient where both are 0."""
-    return torch.lerp(q, p, weight).clamp_min(torch.finfo(p.dtype).tiny).log()
+    return mixture(p, q, weight).log()
+
+
+def mixture(p: Tensor, q: Tensor, weight: float) -> Tensor:
+    """weight * p + (1 - weight) * q of probabilities, and never 0."""
+    return torch.lerp(q, p, weight).clamp_min(torch.finfo(p.dtype).tiny)
 
 
 def open_unit(name: str, value: float, at_zero: str, at_one: str) -> None:

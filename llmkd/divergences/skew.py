@@ -5,15 +5,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from llmkd.divergences.closed_form import through_softmax, with_grad
-from llmkd.divergences.numerics import expectation, log_mixture, log_ratio, open_unit
+from llmkd.divergences.numerics import expectation, finite_log, log_mixture, mixture, open_unit, probabilities
 
 
 def _skew_kl(log_t: Tensor, log_s: Tensor, *, alpha: float = 0.1) -> tuple[Tensor, Tensor]:
     open_unit("alpha", alpha, "use forward_kl", "the value is always 0")
-    p, q = log_t.exp(), log_s.exp()
-    log_m = log_mixture(p, q, alpha)
-    share = (log_s - log_m).exp_().mul_(p).mul_(alpha - 1)  # -(1 - alpha) p q / m
-    return expectation(p, log_ratio(log_t, log_m)), through_softmax(share, q)
+    p, q = probabilities(log_t), probabilities(log_s)
+    m = mixture(p, q, alpha)
+    share = (p / m).mul_(q).mul_(alpha - 1)  # -(1 - alpha) p q / m
+    return expectation(p, finite_log(log_t).sub_(m.log_())), through_softmax(share, q)
 
 
 @with_grad(_skew_kl)
@@ -35,15 +35,16 @@ def skew_kl(log_t: Tensor, log_s: Tensor, *, alpha: float = 0.1) -> Tensor:
     """
     open_unit("alpha", alpha, "use forward_kl", "the value is always 0")
     p = log_t.exp()
-    return expectation(p, log_ratio(log_t, log_mixture(p, log_s.exp(), alpha)))
+    return expectation(p, finite_log(log_t) - log_mixture(p, log_s.exp(), alpha))
 
 
 def _skew_reverse_kl(log_t: Tensor, log_s: Tensor, *, alpha: float = 0.1) -> tuple[Tensor, Tensor]:
     open_unit("alpha", alpha, "use reverse_kl", "the value is always 0")
-    q = log_s.exp()
-    log_m = log_mixture(q, log_t.exp(), alpha)
-    ratio = log_ratio(log_s, log_m)
-    slope = (log_s - log_m).exp_().mul_(-alpha).add_(ratio).add_(1.0).mul_(q)
+    q = probabilities(log_s)
+    m = mixture(q, probabilities(log_t), alpha)
+    share = (q / m).mul_(-alpha)
+    ratio = finite_log(log_s).sub_(m.log_())
+    slope = share.add_(ratio).add_(1.0).mul_(q)
     return expectation(q, ratio), through_softmax(slope, q)
 
 
@@ -66,4 +67,4 @@ def skew_reverse_kl(log_t: Tensor, log_s: Tensor, *, alpha: float = 0.1) -> Tens
     """
     open_unit("alpha", alpha, "use reverse_kl", "the value is always 0")
     q = log_s.exp()
-    return expectation(q, log_ratio(log_s, log_mixture(q, log_t.exp(), alpha)))
+    return expectation(q, finite_log(log_s) - log_mixture(q, log_t.exp(), alpha))

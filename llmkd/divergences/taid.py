@@ -13,6 +13,8 @@ from llmkd.divergences.numerics import expectation, finite_log
 from llmkd.divergences.stateful import StepDivergence
 from llmkd.errors import ConfigError
 
+NOTHING = 1e-36  # more than what the target gives an event that counts as LOG_ZERO twice
+
 
 class TAID(StepDivergence):
     """KL(p_t || q), p_t = softmax((1 - t) stop_grad(z_s) + t z_t), with t rising from t_start to t_end.
@@ -66,6 +68,15 @@ class TAID(StepDivergence):
         """log p_t, [n, k]; no gradient flows through it."""
         mixed = torch.lerp(finite_log(log_s.detach()), finite_log(log_t), self.t)
         return torch.log_softmax(mixed, dim=-1)
+
+    def value_and_grad(self, log_t: Tensor, log_s: Tensor) -> tuple[Tensor, Tensor]:
+        """The closed form: as `forward`, and q - p_t, which is 0 where both models exclude an event."""
+        values, slope = forward_kl.value_and_grad(self.target(log_t, log_s), log_s)  # type: ignore[attr-defined]
+        return values, torch.nn.functional.hardshrink(slope, NOTHING)
+
+    def grad(self, log_t: Tensor, log_s: Tensor) -> Tensor:
+        """q - p_t, [n, k]."""
+        return self.value_and_grad(log_t, log_s)[1]
 
     def cross_entropy(self, log_t: Tensor, log_s: Tensor) -> Tensor:
         """-sum p_t log q, [n] nats: what the schedule watches."""

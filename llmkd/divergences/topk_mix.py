@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from llmkd.divergences.closed_form import through_softmax, with_grad
-from llmkd.divergences.numerics import expectation, log_ratio
+from llmkd.divergences.numerics import expectation, log_ratio, probabilities
 from llmkd.errors import ConfigError
 
 
 def _topk_mix(log_t: Tensor, log_s: Tensor, *, k: int = 256) -> tuple[Tensor, Tensor]:
-    p, q, ratio = log_t.exp(), log_s.exp(), log_ratio(log_t, log_s)
+    p, q, ratio = probabilities(log_t), probabilities(log_s), log_ratio(log_t, log_s)
     head = _head(p, k)
     value = _value(p, q, ratio, head)
     tail = ratio.mul_(-q)  # d g(q, p) / d log q

@@ -5,11 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from llmkd.divergences.closed_form import through_softmax, with_grad
+from llmkd.divergences.numerics import probabilities
 
 
 def _tvd(log_t: Tensor, log_s: Tensor) -> tuple[Tensor, Tensor]:
-    q = log_s.exp()
-    gap = q - log_t.exp()
+    q = probabilities(log_s)
+    gap = q - probabilities(log_t)
     return 0.5 * gap.abs().sum(-1), through_softmax(gap.sign_().mul_(q).mul_(0.5), q)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from llmkd.divergences.closed_form import with_grad
+from llmkd.divergences.numerics import probabilities
 from llmkd.objectives.base import RowObjective
 from llmkd.rows import Term
 from llmkd.types import Batch, Outputs, row_labels
@@ -12,7 +13,7 @@ from llmkd.types import Batch, Outputs, row_labels
 
 def _nll(log_t: Tensor | None, log_s: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     index = label.unsqueeze(-1)
-    slope = log_s.exp()
+    slope = probabilities(log_s)
     return nll(log_t, log_s, label), slope.scatter_add_(-1, index, slope.new_full(index.shape, -1.0))
 
 
