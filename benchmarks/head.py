@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,20 +12,41 @@ import typer
 from torch import Tensor, nn
 
 from benchmarks.measure import interleave
-from llmkd.divergences import divergence
+from benchmarks.record import Against, finish, header
+from llmkd.divergences import divergence as named
 from llmkd.rows import HeadRows, Term, reduce
-from llmkd.versions import commit, device, versions
 
-RESULTS = Path(__file__).parent / "results"
 SHAPES = {
     "small": (256, 8192, 256, 384),
     "smollm2": (1024, 49152, 576, 960),
-    "long": (4096, 49152, 576, 960),
-    "qwen2.5": (1024, 151936, 896, 1536),
+    "long": (2048, 49152, 576, 960),
+    "qwen2.5": (256, 151936, 896, 1536),
 }
+EXACT = ("small", "smollm2")  # small enough for float64
 DIVERGENCES = {"forward_kl": {}, "reverse_kl": {}, "jsd": {"beta": 0.5}}
 TRL_BETA = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}
 Gradients = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured at once: a shape, a dtype and a divergence."""
+
+    shape: str
+    dtype: str
+    loss: str
+
+    def __str__(self) -> str:
+        return f"{self.shape} {self.dtype} {self.loss}"
+
+
+CASES = [
+    *(Case("small", dtype, loss) for dtype in ("float32", "bfloat16") for loss in DIVERGENCES),
+    *(Case("smollm2", "float32", loss) for loss in DIVERGENCES),
+    *(Case("smollm2", "bfloat16", loss) for loss in ("forward_kl", "jsd")),
+    Case("long", "float32", "forward_kl"),
+    *(Case("qwen2.5", "bfloat16", loss) for loss in ("forward_kl", "jsd")),
+]
 
 
 @dataclass
@@ -58,7 +78,7 @@ def make(rows: int, vocab: int, width_s: int, width_t: int) -> Inputs:
 
 def dense(inputs: Inputs, name: str) -> Callable[[], Gradients]:
     """Both logits in full, log-softmax in float32, autograd."""
-    fn = divergence(name, **DIVERGENCES.get(name, {}))
+    fn = named(name, **DIVERGENCES.get(name, {}))
 
     def run() -> Gradients:
         z_s, z_t = inputs.head_s(inputs.hidden_s), inputs.head_t(inputs.hidden_t).detach()
@@ -70,7 +90,7 @@ def dense(inputs: Inputs, name: str) -> Callable[[], Gradients]:
 
 def ours(inputs: Inputs, name: str) -> Callable[[], Gradients]:
     """llmkd's driver with its default budget."""
-    fn = divergence(name, **DIVERGENCES.get(name, {}))
+    fn = named(name, **DIVERGENCES.get(name, {}))
 
     def run() -> Gradients:
         rows_s, rows_t = HeadRows(inputs.hidden_s, inputs.head_s), HeadRows(inputs.hidden_t, inputs.head_t)
@@ -90,14 +110,21 @@ def trl(inputs: Inputs, name: str) -> Callable[[], Gradients]:
     return run
 
 
-def liger(inputs: Inputs, name: str) -> Callable[[], Gradients] | None:
-    """Liger's chunked JSD, not compiled; None for other divergences or where it is not installed."""
-    if name != "jsd":
-        return None
+def liger_missing() -> str | None:
+    """Why Liger's loss cannot run here, or None."""
     try:
-        from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDLoss
-    except ImportError:
+        import liger_kernel.chunked_loss.jsd_loss  # noqa: F401
+    except Exception as error:  # a kernel package may fail in any way where there is no GPU
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def liger(inputs: Inputs, name: str) -> Callable[[], Gradients] | None:
+    """Liger's chunked JSD, not compiled; None for other divergences or where it does not run."""
+    if name != "jsd" or liger_missing() is not None:
         return None
+    from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDLoss
+
     loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.5, compiled=False)
     labels = torch.zeros(len(inputs.hidden_s), dtype=torch.long, device=inputs.hidden_s.device)
 
@@ -125,32 +152,45 @@ METHODS: dict[str, Any] = {"gemms": gemms, "dense": dense, "trl": trl, "liger": 
 def head(
     shape: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(SHAPES)}; all if left out.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="float32 and/or bfloat16; both if left out.")] = None,
+    divergence: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(DIVERGENCES)}.")] = None,
     repeats: int = 3,
+    against: Annotated[Path | None, Against] = None,
 ) -> None:
-    """Measure the loss head; writes head.json."""
-    rows = []
-    for name in shape or SHAPES:
-        for kind in dtype or ("float32", "bfloat16"):
-            rows += [_case(name, kind, loss, repeats) for loss in DIVERGENCES]
-    result = {"versions": versions(), "device": device(), "commit": commit(), "threads": torch.get_num_threads()}
-    (RESULTS / "head.json").write_text(json.dumps({**result, "cases": rows}, indent=2) + "\n")
+    """Measure the loss head; writes head.json. All cases take about 15 minutes on two cores, and 8 GB."""
+    chosen = {"shape": shape, "dtype": dtype, "loss": divergence}
+    cases = [
+        case
+        for case in CASES
+        if all(wanted is None or getattr(case, name) in wanted for name, wanted in chosen.items())
+    ]
+    if not cases:
+        raise typer.BadParameter("no case has this shape, dtype and divergence")
+    result = {**header(repeats), "not_run": {} if liger_missing() is None else {"liger": liger_missing()}}
+    finish("head", {**result, "cases": [_measure(case, repeats) for case in cases]}, against)
 
 
-def _case(shape: str, kind: str, loss: str, repeats: int) -> dict[str, Any]:
-    base = make(*SHAPES[shape])
-    inputs = base.to(getattr(torch, kind))
-    made = {name: method(inputs, loss) for name, method in METHODS.items()}
-    runs = {name: run for name, run in made.items() if run is not None}
-    truth = _truth(base, loss) if shape in ("small", "smollm2") else None
-    errors = {name: _errors(run(), truth) for name, run in runs.items() if name != "gemms"} if truth else {}
-    measured = interleave(runs, repeats)
-    case = {"shape": shape, "rows_vocab_hs_ht": SHAPES[shape], "dtype": kind, "divergence": loss}
-    table = {name: {**asdict(value), **errors.get(name, {})} for name, value in measured.items()}
-    ratios = {
-        f"{name}_over_llmkd": round(value.seconds / measured["llmkd"].seconds, 3) for name, value in measured.items()
+def _measure(case: Case, repeats: int) -> dict[str, Any]:
+    base = make(*SHAPES[case.shape])
+    truth = _truth(base, case.loss) if case.shape in EXACT else None
+    inputs = base.to(getattr(torch, case.dtype))
+    del base
+    made = {name: method(inputs, case.loss) for name, method in METHODS.items()}
+    errors: dict[str, dict[str, float]] = {}
+
+    def seen(name: str, found: Gradients) -> None:
+        if truth is not None and name != "gemms":
+            errors[name] = _errors(found, truth)
+
+    measured = interleave({name: run for name, run in made.items() if run is not None}, repeats, seen)
+    best = measured["llmkd"].seconds
+    print(f"{case}: " + ", ".join(f"{name} {value.seconds:.3f} s" for name, value in measured.items()), flush=True)
+    return {
+        "case": str(case),
+        **asdict(case),
+        "rows_vocab_hs_ht": SHAPES[case.shape],
+        "methods": {name: {**asdict(value), **errors.get(name, {})} for name, value in measured.items()},
+        "ratios": {f"{name}_over_llmkd": round(value.seconds / best, 3) for name, value in measured.items()},
     }
-    print(f"{shape} {kind} {loss}: " + ", ".join(f"{name} {value.seconds:.3f} s" for name, value in measured.items()))
-    return {**case, "methods": table, "ratios": ratios}
 
 
 def _truth(base: Inputs, loss: str) -> Gradients:
