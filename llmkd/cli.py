@@ -37,6 +37,19 @@ TRAIN_EXAMPLES = """
 """
 
 
+STAGE_EXAMPLES = """
+**Examples**
+
+    llmkd stage recipes/miniplm/1_score.yaml
+
+    accelerate launch -m llmkd stage recipes/miniplm/1_score.yaml
+
+    llmkd stage recipes/miniplm/2_select.yaml stage.ratio=0.25 output_dir=runs/quarter
+
+    llmkd stage --verify runs/quarter
+"""
+
+
 @app.callback()
 def _main() -> None:
     """Distil large language models into small ones."""
@@ -66,6 +79,33 @@ def train(
         _announce(f"smoke: {metrics['train']['steps']} steps, loss {metrics['train']['loss']:.4g}: the recipe runs.")
     else:
         _train(config, recipe, resume)
+
+
+@app.command(epilog=STAGE_EXAMPLES)
+def stage(
+    recipe: Annotated[Path | None, typer.Argument(help="YAML recipe of a stage.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to the recipe: a.b=value ...")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, load no weights.")] = False,
+    smoke: Annotated[bool, typer.Option("--smoke", help="A few rows, tiny random models, no network.")] = False,
+    verify: Annotated[Path | None, typer.Option("--verify", help="Check every byte of a stage's folder.")] = None,
+) -> None:
+    """Go over a corpus offline: score it, select from it. Run the same again to go on; add processes as you like."""
+    if smoke:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    if (recipe is None) == (verify is None):
+        raise typer.BadParameter("give a recipe, or --verify FOLDER")
+    _quiet()
+    from llmkd.stages import command
+
+    if verify is not None:
+        _announce(command.verified(verify))
+        return
+    assert recipe is not None
+    try:
+        command.stage(recipe, overrides or [], dry_run, smoke, _announce)
+    except KeyboardInterrupt as interrupt:
+        _announce("interrupted; finished shards are kept. Go on with the same command.")
+        raise typer.Exit(130) from interrupt
 
 
 @app.command(name="list")

@@ -45,18 +45,18 @@ class _Recipe(BaseModel):
     peft: dict | None = None
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def load(path: str | Path, overrides: Sequence[str] = (), schema: type[BaseModel] = _Recipe) -> dict[str, Any]:
     """Read a recipe: its `extends` chain merged parent first, then `a.b=value` overrides, then interpolation.
 
     Mappings merge deeply, lists replace, and a spec with another `name` replaces the parent's spec as a whole.
     Raises ConfigError for a missing or broken file, an unknown or missing key and a value of the wrong shape.
     """
-    config = _read(Path(path), ())
+    config = _read(Path(path), (), schema)
     for text in overrides:
-        config = _override(config, text)
+        config = _override(config, text, schema)
     config = _plain(lambda: OmegaConf.create(config), str(path), resolve=True)
-    check(_Recipe, config, Path(path).stem)
-    if "hub_token" in config["train"]:
+    check(schema, config, Path(path).stem)
+    if "hub_token" in config.get("train", ()):
         raise ConfigError("train.hub_token: got a value; expected none: config.yaml would keep it. Set HF_TOKEN.")
     return config
 
@@ -74,7 +74,7 @@ def dump(config: Mapping[str, Any]) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(escape(config)))
 
 
-def _read(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
+def _read(path: Path, children: tuple[Path, ...], schema: type[BaseModel]) -> dict[str, Any]:
     """One file merged over its parents, interpolation left alone."""
     if path.resolve() in children:
         raise ConfigError(f"{path}: its 'extends' chain is a cycle; expected one that ends. Remove one 'extends'.")
@@ -84,14 +84,14 @@ def _read(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(f"no recipe at '{path}'{f' (extended by {children[-1]})' if children else ''}{hint}")
     config = _plain(lambda: OmegaConf.load(path), str(path))
     if not isinstance(config, dict):
-        raise ConfigError(f"{path}: got a list; expected a mapping with the keys {', '.join(_Recipe.model_fields)}.")
+        raise ConfigError(f"{path}: got a list; expected a mapping with the keys {', '.join(schema.model_fields)}.")
     extends = config.pop("extends", None)
-    _check_top(config, str(path))
+    _check_top(config, str(path), schema)
     if extends is None:
         return config
     if not isinstance(extends, str):
         raise ConfigError(f"{path}: extends: got {extends!r}; expected the name of one recipe.")
-    return _merge(_read(path.parent / extends, (*children, path.resolve())), config)
+    return _merge(_read(path.parent / extends, (*children, path.resolve()), schema), config)
 
 
 def _plain(make: Callable[[], Any], what: str, resolve: bool = False) -> Any:
@@ -109,10 +109,10 @@ def _plain(make: Callable[[], Any], what: str, resolve: bool = False) -> Any:
         raise ConfigError(f"{what}: {f'{key}: ' if key else ''}{str(error).splitlines()[0]}") from error
 
 
-def _check_top(config: Mapping[str, Any], what: str) -> None:
+def _check_top(config: Mapping[str, Any], what: str, schema: type[BaseModel]) -> None:
     for key in config:
-        if key not in _Recipe.model_fields:
-            raise unknown_name(f"top-level key of {what}:", str(key), _Recipe.model_fields)
+        if key not in schema.model_fields:
+            raise unknown_name(f"top-level key of {what}:", str(key), schema.model_fields)
 
 
 def _merge(old: Any, new: Any) -> Any:
@@ -125,13 +125,13 @@ def _merge(old: Any, new: Any) -> Any:
     return old | {key: _merge(old[key], value) if key in old else value for key, value in new.items()}
 
 
-def _override(config: dict[str, Any], text: str) -> dict[str, Any]:
+def _override(config: dict[str, Any], text: str, schema: type[BaseModel]) -> dict[str, Any]:
     key, equals, value = text.partition("=")
     what = f"override '{text}'"
     if not equals:
         raise ConfigError(f"{what}: got no '='; expected key=value, such as train.seed=1.")
     steps = key.strip().split(".")
-    _check_top({steps[0]: None}, what)
+    _check_top({steps[0]: None}, what, schema)
     return _put(config, steps, _plain(lambda: OmegaConf.from_dotlist([f"value={value}"]), what)["value"], what)
 
 

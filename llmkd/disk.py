@@ -12,6 +12,7 @@ from llmkd.errors import TrainingError
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 PHRASES = ("no space left", "os error 28", "file too large", "os error 27", "failed writing file", "unexpected pos")
+AGAIN = "run again with --resume: earlier checkpoints are whole"
 
 
 def need_space(folder: str | Path, size: int) -> None:
@@ -28,15 +29,14 @@ def need_space(folder: str | Path, size: int) -> None:
 
 
 @contextmanager
-def saving(folder: str | Path) -> Iterator[None]:
-    """Turn what torch, safetensors or the system say about a full disk into one TrainingError."""
+def saving(folder: str | Path, again: str = AGAIN) -> Iterator[None]:
+    """Turn what torch, safetensors or the system say about a full disk into one TrainingError, with how to go on."""
     try:
         yield
     except Exception as error:
         text = str(error).lower()
         if getattr(error, "errno", None) in FULL or any(phrase in text for phrase in PHRASES):
             raise TrainingError(
-                f"disk: writing {folder} failed ({str(error).strip().splitlines()[0]}). Free some space there, then run again "
-                "with --resume: earlier checkpoints are whole."
+                f"disk: writing {folder} failed ({str(error).strip().splitlines()[0]}). Free some space there, then {again}."
             ) from error
         raise

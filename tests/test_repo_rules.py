@@ -37,9 +37,11 @@ students teachers data
 distiller
 callbacks checkpoints
 trainer
+stages
 build
 plan catalog
 run table
+stages.runner stages.command
 smoke
 cli
 __main__

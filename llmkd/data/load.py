@@ -14,6 +14,7 @@ import datasets
 from datasets import Dataset
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from llmkd.data.manifest import check_shard, is_stage, read_manifest
 from llmkd.errors import DataError, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -117,6 +118,8 @@ def _from_folder_or_files(spec: SourceSpec, path: str) -> Dataset:
     folder = Path(path).expanduser()
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
         return _read(path, lambda: datasets.load_from_disk(str(folder)))
+    if is_stage(folder):
+        return _from_files(spec, [check_shard(folder, shard) for shard in read_manifest(folder).shards])
     return _from_files(spec, _files_of(path))
 
 

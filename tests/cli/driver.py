@@ -7,12 +7,20 @@ import os
 import resource
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PRELOAD = ["llmkd.run", "llmkd.table", "peft.tuners.lora", "transformers.models.llama.modeling_llama"]
+PRELOAD = [
+    "llmkd.run",
+    "llmkd.table",
+    "llmkd.stages.command",
+    "peft.tuners.lora",
+    "transformers.models.llama.modeling_llama",
+]
 SMALL_FILE = 60_000  # bytes: less than a tiny model
 
 
@@ -44,11 +52,15 @@ class Server:
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(PRELOAD)
 
-    def __call__(self, *argv: Any, fault: tuple[str, int] | None = None, timeout: float = 120) -> Result:
+    def __call__(
+        self, *argv: Any, fault: tuple[str, int] | None = None, env: dict[str, str] | None = None, timeout: float = 120
+    ) -> Result:
         self.count += 1
         out, err = (self.folder / f"{self.count}.{name}" for name in ("out", "err"))
         words = [str(word) for word in argv]
-        process = self.context.Process(target=_main, args=(words, str(self.folder), str(out), str(err), fault))
+        process = self.context.Process(
+            target=_main, args=(words, str(self.folder), str(out), str(err), fault, env or {})
+        )
         process.start()
         process.join(timeout)
         if process.exitcode is None:
@@ -57,8 +69,11 @@ class Server:
         return Result(process.exitcode, out.read_text(), err.read_text())
 
 
-def _main(words: list[str], folder: str, out: str, err: str, fault: tuple[str, int] | None) -> None:
+def _main(
+    words: list[str], folder: str, out: str, err: str, fault: tuple[str, int] | None, env: dict[str, str]
+) -> None:
     os.chdir(folder)
+    os.environ.update(env)
     for number, name in ((1, out), (2, err)):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
@@ -144,6 +159,64 @@ def _disk_full(step: int) -> None:
     _around(DistillTrainer, "_save_checkpoint", before=act)
 
 
+def _at_write(number: int, before: bool, after: bool) -> None:
+    """Die at the n-th file that a stage writes: before it is begun, half-written under its passing name, or whole."""
+    from llmkd.stages import files, runner
+
+    original, left = files.put, [number]
+
+    def put(target: Path, partial: Path, write: Callable[[Path], None]) -> None:
+        left[0] -= 1
+        now = left[0] == -1
+
+        def half(file: Path) -> None:
+            write(file)
+            if now and not after:
+                os.truncate(file, file.stat().st_size // 2)
+                _die()
+
+        if now and before:
+            _die()
+        original(target, partial, half)
+        if now:
+            _die()
+
+    files.put = runner.put = put
+
+
+def _stage_disk_full(number: int) -> None:
+    """From the n-th file on, no file can grow beyond a kilobyte, which is less than a shard."""
+    from llmkd.stages import files, runner
+
+    original, left = files.put, [number]
+
+    def put(*args: Any) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        original(*args)
+
+    files.put = runner.put = put
+
+
+def _watch_memory(_: int) -> None:
+    """Print the most memory that this process has had for itself."""
+    import psutil
+
+    process, peak = psutil.Process(), 0
+
+    def watch() -> None:
+        nonlocal peak
+        while True:
+            seen = process.memory_info()
+            if seen.rss - seen.shared > peak:
+                peak = seen.rss - seen.shared
+                print(f"peak {peak}", flush=True)
+            time.sleep(0.005)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 FAULTS: dict[str, Callable[[int], None]] = {
     "kill in step": lambda step: _in_step(step, signal.SIGKILL),
     "interrupt": lambda step: _in_step(step, signal.SIGINT),
@@ -153,4 +226,9 @@ FAULTS: dict[str, Callable[[int], None]] = {
     "kill in checkpoint": _kill_in_checkpoint,
     "kill in export": _kill_in_export,
     "disk full": _disk_full,
+    "kill before write": lambda number: _at_write(number, before=True, after=False),
+    "kill within write": lambda number: _at_write(number, before=False, after=False),
+    "kill after write": lambda number: _at_write(number, before=False, after=True),
+    "disk full at write": _stage_disk_full,
+    "watch memory": _watch_memory,
 }
