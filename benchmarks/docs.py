@@ -98,13 +98,14 @@ def recipe_list() -> str:
     lines = [
         "# Recipes",
         "",
-        "Run one with `llmkd train recipes/NAME.yaml`; try it with `--dry-run` or `--smoke` first.",
+        "Run one with `llmkd train recipes/NAME.yaml`, or `llmkd stage` if it begins with `stage:`; try it with `--dry-run` or "
+        "`--smoke` first.",
         "",
         "| recipe | what it does | extends |",
         "|---|---|---|",
     ]
     folder = ROOT / "recipes"
-    for file in sorted([*folder.glob("*.yaml"), *folder.glob("base/*.yaml")]):
+    for file in sorted(file for file in folder.rglob("*.yaml") if file.parent.name != "accelerate"):
         text = file.read_text()
         about = text.splitlines()[0].removeprefix("# ")
         parent = yaml.safe_load(text).get("extends", "")

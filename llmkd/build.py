@@ -13,6 +13,7 @@ from llmkd.errors import ConfigError
 from llmkd.objectives import OBJECTIVES, Mix, Objective
 from llmkd.policies import POLICIES
 from llmkd.schedules import SCHEDULES, as_schedule
+from llmkd.stages import SCORES, STAGES
 from llmkd.students import STUDENTS
 from llmkd.teachers import TEACHERS
 from llmkd.weights import load_tokenizer, locate
@@ -25,6 +26,8 @@ TABLES: dict[str, Mapping[str, Callable[..., Any]]] = {
     "schedule": SCHEDULES,
     "teacher": TEACHERS,
     "model": STUDENTS,
+    "stage": STAGES,
+    "score": SCORES,
 }
 
 

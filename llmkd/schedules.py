@@ -111,11 +111,42 @@ class ByMetric(Schedule):
         self.share = max(self.share, min(1.0, share))
 
 
+class ByFraction(Schedule):
+    """value = alpha = clip(1 - (log10 f + 1) / 2, low, high), f = the kept fraction of the data; it stays as it is.
+
+    The weight of the teacher's term where data are pruned: it grows as fewer rows are left, here from 0.5 at f = 1 to 1 at
+    f = 0.1. The labels' term gets what is left.
+
+    Args:
+        fraction: f in (0, 1]. low, high: limits of alpha. rest: 1 - alpha instead.
+
+    Raises: ConfigError for a fraction outside (0, 1], or limits that are not 0 <= low <= high <= 1.
+
+    Reference: Ben-Baruch et al. 2024 (Distilling the Knowledge in Data Pruning), arXiv 2403.07854.
+    Fidelity: derived (that the best alpha grows as f falls is the paper's; the curve is ours)
+    """
+
+    moves = False
+
+    def __init__(self, fraction: float, low: float = 0.5, high: float = 1.0, rest: bool = False) -> None:
+        if not 0 < fraction <= 1 or not 0 <= low <= high <= 1:
+            raise ConfigError(
+                f"schedule by_fraction: got fraction={fraction}, low={low}, high={high}; expected a fraction in (0, 1] and "
+                "0 <= low <= high <= 1. Set them so."
+            )
+        alpha = min(high, max(low, 1 - (math.log10(fraction) + 1) / 2))
+        super().__init__(*(2 * [1 - alpha if rest else alpha]))
+
+    def after_step(self, progress: float, means: Mapping[str, float]) -> None:
+        """Stay."""
+
+
 SCHEDULES: dict[str, type[Schedule]] = {
     "constant": Constant,
     "linear": Linear,
     "cosine": Cosine,
     "by_metric": ByMetric,
+    "by_fraction": ByFraction,
 }
 
 

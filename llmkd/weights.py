@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from llmkd.errors import ConfigError
+from llmkd.errors import ConfigError, unknown_name
 
 PACKAGE = "pkg://"
 _STAND_IN: ContextVar[Literal["", "plan", "smoke"]] = ContextVar("stand_in", default="")
@@ -47,6 +47,8 @@ def locate(path: str, gguf_file: str | None = None, revision: str | None = None)
         folder, gguf_file = os.path.split(path)
         path = folder or "."
     local = Path(path)
+    if _STAND_IN.get() == "smoke" and not local.exists():
+        return Source(path, gguf_file, revision)  # what another recipe has yet to make
     if local.is_dir():
         if gguf_file is not None and not (local / gguf_file).is_file():
             raise ConfigError(
@@ -170,6 +172,20 @@ def load_model(source: Source, dtype: str = "auto", trust_remote_code: bool = Fa
     config = None if source.gguf_file is not None else load_config(source, trust_remote_code)
     load = _kind(config).from_pretrained
     return _loading(source, load, dtype=dtype, trust_remote_code=trust_remote_code, **kwargs)
+
+
+def new_model(source: Source, changes: dict[str, Any], dtype: str = "float32", trust_remote_code: bool = False) -> Any:
+    """A model of the config of `source` with some fields changed and new weights."""
+    if _STAND_IN.get() == "smoke":
+        return _tiny_like(source, trust_remote_code)
+    config = load_config(source, trust_remote_code)
+    for key in changes:
+        if not hasattr(config, key):
+            raise unknown_name(f"field of {type(config).__name__}:", key, config.to_dict())
+    fields = {**config.to_dict(), **changes}
+    if len(fields.get("layer_types") or ()) != fields.get("num_hidden_layers"):
+        fields.pop("layer_types", None)  # a list of the old layers; the config makes a new one
+    return _planned(type(config).from_dict(fields), dtype, trust_remote_code)
 
 
 def _planned(config: Any, dtype: str, trust_remote_code: bool) -> Any:

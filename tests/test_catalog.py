@@ -18,7 +18,7 @@ def test_an_entry_has_a_formula_and_a_paper(entry):
     assert entry.formula
     assert len(entry.formula) <= 200, "one line"
     assert entry.paper
-    if entry.kind in ("divergence", "objective", "policy"):
+    if entry.kind in ("divergence", "objective", "policy", "stage", "score"):
         assert entry.fidelity, "how it was checked, or 'derived'"
         assert "=" in entry.formula or "sum" in entry.formula
 

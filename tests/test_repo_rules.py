@@ -12,11 +12,19 @@ import yaml
 
 from llmkd import build, config
 from llmkd.config import known_keys
+from llmkd.stages.recipe import StageRecipe
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "llmkd").rglob("*.py"))
 TREES = {path: ast.parse(path.read_text()) for path in SOURCES}
 RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "accelerate")
+STAGE_RECIPES = [path for path in RECIPES if "output_dir" in yaml.safe_load(path.read_text())]
+TRAIN_RECIPES = [path for path in RECIPES if path not in STAGE_RECIPES]
+
+
+def run_folder(path: Path) -> str:
+    return f"runs/{path.relative_to(ROOT / 'recipes').with_suffix('')}"
+
 
 LAYERS = """
 errors
@@ -174,7 +182,7 @@ def test_a_recipe_is_short_and_extends_at_most_one(path):
     assert parent is None or "extends" not in yaml.safe_load((path.parent / parent).read_text()), "one level"
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", TRAIN_RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_builds(path, tmp_path):
     recipe = config.load(path)
     build.objective(recipe["objective"])
@@ -182,12 +190,20 @@ def test_a_recipe_builds(path, tmp_path):
     build.peft(recipe.get("peft"))
     arguments = config.training_arguments(recipe["train"], str(tmp_path), use_cpu=True)
     if path.parent.name != "base":
-        assert arguments.output_dir == f"runs/{path.stem}", "a run folder of its own"
+        assert arguments.output_dir == run_folder(path), "a run folder of its own"
     for kind, default in (("model", "pretrained"), ("teacher", "local")):
         spec = recipe.get(kind) or {}
         options = {"path": spec} if isinstance(spec, str) else dict(spec)
         target = build.TABLES[kind][options.pop("name", default)]
         assert set(options) <= set(known_keys(target)), f"{kind} of {path.name}"
+
+
+@pytest.mark.parametrize("path", STAGE_RECIPES, ids=lambda path: path.stem)
+def test_a_stage_recipe_names_what_there_is(path):
+    recipe = config.load(path, (), StageRecipe)
+    assert recipe["output_dir"] == run_folder(path)
+    options = dict(recipe["stage"])
+    assert set(options) - {"name"} <= set(known_keys(build.TABLES["stage"][options["name"]]))
 
 
 def test_launch_configs_are_accelerates(tmp_path):
@@ -201,6 +217,6 @@ def test_launch_configs_are_accelerates(tmp_path):
 
 def test_every_divergence_and_objective_has_a_recipe():
     named = " ".join(path.read_text() for path in RECIPES)
-    for kind in ("divergence", "objective"):
+    for kind in ("divergence", "objective", "stage"):
         for name in build.TABLES[kind]:
             assert re.search(rf"\b{name}\b", named), f"no recipe names {kind} {name}"

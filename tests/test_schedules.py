@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from datasets import Dataset
@@ -11,11 +13,15 @@ from llmkd import build
 from llmkd.errors import ConfigError
 from llmkd.objectives import CrossEntropy, Mix, TokenDistill
 from llmkd.rows import DenseRows
-from llmkd.schedules import SCHEDULES, ByMetric, Constant, Cosine, Linear, as_schedule
+from llmkd.schedules import SCHEDULES, ByFraction, ByMetric, Constant, Cosine, Linear, as_schedule
 from llmkd.trainer import DistillTrainer
 from llmkd.types import Outputs
 
-KNOBS = {"constant": {"start": 2.0}, "by_metric": {"start": 4.0, "end": 1.0, "metric": "m", "worst": 3.0, "best": 1.0}}
+KNOBS = {
+    "constant": {"start": 2.0},
+    "by_fraction": {"fraction": 0.3},
+    "by_metric": {"start": 4.0, "end": 1.0, "metric": "m", "worst": 3.0, "best": 1.0},
+}
 
 
 def values(schedule, steps: int = 4, metric: list[float] | None = None) -> list[float]:
@@ -44,7 +50,7 @@ def test_by_metric_follows_the_metric_and_never_goes_back():
     )
 
 
-@pytest.mark.parametrize("name", sorted(SCHEDULES))
+@pytest.mark.parametrize("name", sorted({*SCHEDULES} - {"by_fraction"}))
 def test_every_schedule_is_built_by_name_and_stays_between_its_ends(name):
     knobs = KNOBS.get(name, {"start": 4.0, "end": 1.0})
     schedule = build.recipes.build("schedule", {"name": name, **knobs}, build.TABLES)
@@ -160,3 +166,19 @@ def test_resume_keeps_every_bit(make_trainer):
     assert set(states[0]) == {"0.temperature", "weight_1"}
     for ours, theirs in zip(whole.distiller.parameters(), again.distiller.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "alpha"), [(1.0, 0.5), (0.1, 1.0), (0.01, 1.0), (10**-0.5, 0.75), (0.3, 1 - (math.log10(0.3) + 1) / 2)]
+)
+def test_by_fraction_gives_the_teacher_more_as_less_is_kept(fraction, alpha):
+    schedule, rest = ByFraction(fraction), ByFraction(fraction, rest=True)
+    assert schedule.value == pytest.approx(alpha)
+    assert schedule.value + rest.value == pytest.approx(1.0)
+    assert ByFraction(fraction, low=0.6, high=0.9).value == pytest.approx(min(0.9, max(0.6, alpha)))
+
+
+@pytest.mark.parametrize("options", [{"fraction": 0.0}, {"fraction": 1.2}, {"fraction": 0.5, "low": 0.9, "high": 0.6}])
+def test_by_fraction_refuses_what_is_no_fraction(options):
+    with pytest.raises(ConfigError, match="by_fraction"):
+        ByFraction(**options)

@@ -21,12 +21,21 @@ class Sample:
 
 
 def _encode_text(batch: dict[str, list], where: list[str], tokenizer: Any, max_length: int) -> list[list[Sample]]:
-    """Plain text: every token but a chunk's first; consecutive chunks of max_length."""
-    for text, place in zip(batch["text"], where, strict=True):
-        _check_string(text, f"{place}.text")
+    """Plain text: every token but a chunk's first; consecutive chunks of max_length.
+
+    A list of strings are documents, or parts of such, that an end-of-sequence token joins; a string is one whole document.
+    """
+    rows = [text if isinstance(text, list) else [text, ""] for text in batch["text"]]
+    for pieces, place in zip(rows, where, strict=True):
+        for piece in pieces:
+            _check_string(piece, f"{place}.text")
+    encoded = iter(_ids(tokenizer, [piece for pieces in rows for piece in pieces if piece] or [""]))
     documents = []
-    for ids in _ids(tokenizer, batch["text"]):
-        ids = _with_eos(ids, tokenizer)
+    for pieces in rows:
+        ids: list[int] = []
+        for number, piece in enumerate(pieces):
+            ids = _with_eos(ids, tokenizer) if number else ids
+            ids = [*ids, *next(encoded)] if piece else ids
         chunks = [ids[start : start + max_length] for start in range(0, max(len(ids), 1), max_length)]
         documents.append([Sample(chunk, [True] * len(chunk)) for chunk in chunks])
     return documents

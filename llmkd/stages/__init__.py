@@ -1,4 +1,4 @@
-"""The table of stages: offline steps over a corpus, one after another. `runner.py` runs them."""
+"""The tables of stages, offline steps over a corpus, and of the scores that `select` keeps by. `runner.py` runs them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from llmkd.stages.base import Stage
+from llmkd.stages.score import Score
+from llmkd.stages.scores import SCORES
+from llmkd.stages.select import Select
 
-STAGES: dict[str, Callable[..., Stage]] = {}
+STAGES: dict[str, Callable[..., Stage]] = {
+    "score": Score,
+    "select": Select,
+}
 
-TABLES: dict[str, Mapping[str, Callable[..., Any]]] = {"stage": STAGES}
+TABLES: dict[str, Mapping[str, Callable[..., Any]]] = {"stage": STAGES, "score": SCORES}
 
-__all__ = ["STAGES", "TABLES", "Stage"]
+__all__ = ["SCORES", "STAGES", "TABLES", "Score", "Select", "Stage"]

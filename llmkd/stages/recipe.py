@@ -10,5 +10,6 @@ class StageRecipe(BaseModel):
 
     stage: str | dict
     data: dict
+    join: dict | None = Field(None, description="data with the same ids, whose further columns are added")
     output_dir: str = Field(min_length=1)
     rows_per_shard: int = Field(1000, ge=1, description="rows of the source that make one file")

@@ -35,7 +35,7 @@ from llmkd.stages.base import REJECTED, Stage
 from llmkd.stages.files import put, put_json
 from llmkd.stages.identity import software
 from llmkd.stages.recipe import StageRecipe
-from llmkd.stages.source import Source, open_source
+from llmkd.stages.source import Joined, Source, open_source
 from llmkd.weights import reading_once
 
 ID_BITS = 32  # a row that a stage makes has the id: shard << 32 | its place there
@@ -79,6 +79,8 @@ def prepare(config: Mapping[str, Any], source_of: Callable[[Stage], Source] | No
         if not isinstance(stage, Stage):
             raise ConfigError(f"stage: got {type(stage).__name__}; expected a llmkd.stages.Stage. Subclass it.")
         source = source_of(stage) if source_of else open_source(spec)
+        if recipe.join is not None and not source_of:
+            source = Joined(source, open_source(recipes.check(SourceSpec, recipe.join, "join")))
         features = Features({EXAMPLE_ID: Value("int64"), **stage.features(source.features)})
         asked = {key: value for key, value in config.items() if key != "output_dir"}
         identity = {"recipe": asked, "data": source.revision, **stage.identity(), "versions": software()}

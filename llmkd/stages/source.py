@@ -148,3 +148,37 @@ class StageRows:
                 check_rows(file, shard)
             self._held = ((number, columns), pq.read_table(file, columns=columns))
         return self._held[1]
+
+
+class Joined:
+    """The rows of one source with the columns that only another has; both have the same ids.
+
+    Raises:
+        DataError: other row counts, or an id that only one of them has.
+    """
+
+    def __init__(self, left: Source, right: Source) -> None:
+        self._left, self._right = left, right
+        if len(left) != len(right):
+            raise DataError(
+                f"join: got {len(right):,} rows for {len(left):,}; expected the same rows. Score both alike."
+            )
+        self.revision = {"rows": len(left), "data": left.revision, "join": right.revision}
+        self.features = Features({**right.features, **left.features})
+
+    def __len__(self) -> int:
+        return len(self._left)
+
+    def read(self, start: int, stop: int, columns: Sequence[str] | None = None) -> dict[str, list]:
+        """Rows by number, their ids compared."""
+        wanted = list(self.features if columns is None else columns)
+        ours = [name for name in wanted if name in self._left.features]
+        theirs = [name for name in wanted if name not in self._left.features]
+        left = self._left.read(start, stop, None if columns is None else list(dict.fromkeys([EXAMPLE_ID, *ours])))
+        right = self._right.read(start, stop, None if columns is None else [EXAMPLE_ID, *theirs])
+        for mine, other in zip(left[EXAMPLE_ID], right[EXAMPLE_ID], strict=True):
+            if mine != other:
+                raise DataError(
+                    f"join: got id {other} for {mine}; expected the same ids. Score both from the same data."
+                )
+        return {**{name: left[name] for name in ours}, **{name: right[name] for name in theirs}}

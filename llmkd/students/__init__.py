@@ -9,10 +9,12 @@ from transformers.modeling_utils import PreTrainedModel
 
 from llmkd.students.depth import depth
 from llmkd.students.pretrained import pretrained
+from llmkd.students.scratch import scratch
 
 STUDENTS: dict[str, Callable[..., PreTrainedModel]] = {
     "pretrained": pretrained,
     "depth": depth,
+    "scratch": scratch,
 }
 
 
@@ -21,4 +23,4 @@ def as_student(model: str | nn.Module) -> nn.Module:
     return pretrained(path=model) if isinstance(model, str) else model
 
 
-__all__ = ["STUDENTS", "as_student", "depth", "pretrained"]
+__all__ = ["STUDENTS", "as_student", "depth", "pretrained", "scratch"]
