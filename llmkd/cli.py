@@ -46,6 +46,8 @@ STAGE_EXAMPLES = """
 
     llmkd stage recipes/miniplm/2_select.yaml stage.ratio=0.25 output_dir=runs/quarter
 
+    llmkd stage recipes/miniplm/2_select.yaml --report selection.html
+
     llmkd stage --verify runs/quarter
 """
 
@@ -88,6 +90,7 @@ def stage(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, load no weights.")] = False,
     smoke: Annotated[bool, typer.Option("--smoke", help="A few rows, tiny random models, no network.")] = False,
     verify: Annotated[Path | None, typer.Option("--verify", help="Check every byte of a stage's folder.")] = None,
+    report: Annotated[Path | None, typer.Option("--report", help="Write an HTML page about a selection.")] = None,
 ) -> None:
     """Go over a corpus offline: score it, select from it. Run the same again to go on; add processes as you like."""
     if smoke:
@@ -102,7 +105,7 @@ def stage(
         return
     assert recipe is not None
     try:
-        command.stage(recipe, overrides or [], dry_run, smoke, _announce)
+        command.stage(recipe, overrides or [], dry_run, smoke, report, _announce)
     except KeyboardInterrupt as interrupt:
         _announce("interrupted; finished shards are kept. Go on with the same command.")
         raise typer.Exit(130) from interrupt

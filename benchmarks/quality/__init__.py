@@ -37,7 +37,7 @@ def quality(
     seeds: Annotated[int, typer.Option(min=1, help="Seeds 1 to this number.")] = 3,
 ) -> None:
     """Train with every loss of the tables and without a teacher; writes quality.json and quality.svg."""
-    need("matplotlib", "pip install 'llmkd[bench]'")
+    need("matplotlib", "pip install 'llmkd[report]'")
     names = [name.strip() for name in only.split(",")] if only else list(ENTRIES)
     for name in names:
         if name not in ENTRIES:

@@ -13,7 +13,7 @@ from llmkd.errors import need
 
 def draw(results: Mapping[str, Any], file: Path) -> None:
     """Draw all entries that have numbers, the closest to the teacher on top. Text becomes outlines: no font is fetched."""
-    need("matplotlib", "pip install 'llmkd[bench]'")
+    need("matplotlib", "pip install 'llmkd[report]'")
     import matplotlib
     from matplotlib.figure import Figure
 

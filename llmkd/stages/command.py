@@ -14,9 +14,14 @@ from llmkd import config as recipes
 from llmkd.data.load import SourceSpec
 from llmkd.data.manifest import Manifest
 from llmkd.data.manifest import verify as check_folder
+from llmkd.distributed import is_main
+from llmkd.errors import ConfigError
 from llmkd.stages.base import Stage
+from llmkd.stages.files import put
+from llmkd.stages.page import selection_page
 from llmkd.stages.recipe import StageRecipe
 from llmkd.stages.runner import Job, claim, prepare, run
+from llmkd.stages.select import Select
 from llmkd.stages.source import LoadedRows, Source, open_source
 from llmkd.weights import stand_in
 
@@ -25,14 +30,22 @@ SMOKE_ROWS = 8
 Announce = Callable[[str], None]
 
 
-def stage(recipe: Path, overrides: Sequence[str], dry_run: bool, smoke: bool, announce: Announce) -> None:
-    """Run a stage recipe, or only check it (`dry_run`), or a few rows of it on tiny models (`smoke`)."""
+def stage(
+    recipe: Path, overrides: Sequence[str], dry_run: bool, smoke: bool, report: Path | None, announce: Announce
+) -> None:
+    """Run a stage recipe, or only check it (`dry_run`), or a few rows of it on tiny models (`smoke`).
+
+    Args:
+        report: where to write a page about a selection, once it is whole.
+    """
     config = recipes.load(recipe, overrides, StageRecipe)
     if smoke:
         announce(f"smoke: {_summary(smoke_test(config))}: the recipe runs.")
         return
     job = prepare(config)
     done = claim(job)
+    if report is not None and not isinstance(job.stage, Select):
+        raise ConfigError("--report: got a stage that selects nothing; expected select. Leave --report out.")
     if dry_run:
         announce(recipes.dump(config).rstrip())
         announce(f"# {len(job.source):,} rows in {job.count:,} shards, {len(done):,} of them finished")
@@ -45,6 +58,16 @@ def stage(recipe: Path, overrides: Sequence[str], dry_run: bool, smoke: bool, an
     else:
         seconds = time.perf_counter() - started
         announce(f"{job.folder}: {_summary(manifest)}; {seconds:.0f} s. Give it to another recipe as data.path.")
+        if isinstance(job.stage, Select) and report is not None and is_main():
+            _write_page(job.stage, job, report)
+            announce(f"page: {report}")
+
+
+def _write_page(select: Select, job: Job, file: Path) -> None:
+    select.begin(job.source)
+    text = selection_page(select, job.source, f"Selection {job.folder.name}")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    put(file, file.with_name(f"{file.name}.part"), lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def verified(folder: Path) -> str:

@@ -15,7 +15,7 @@ from datasets import Features
 from llmkd.disk import saving
 
 
-def put(target: Path, partial: Path, write: Callable[[Path], None]) -> None:
+def put(target: Path, partial: Path, write: Callable[[Path], Any]) -> None:
     """Write to `partial`, on the same disk, bring it to the disk, then give it its name: a file that exists is whole.
 
     Raises:
@@ -35,7 +35,7 @@ def put(target: Path, partial: Path, write: Callable[[Path], None]) -> None:
 
 def put_json(target: Path, partial: Path, value: Any) -> None:
     """Write a JSON file, whole or not at all."""
-    put(target, partial, lambda file: file.write_text(json.dumps(value, indent=1) + "\n"))  # type: ignore[func-returns-value]
+    put(target, partial, lambda file: file.write_text(json.dumps(value, indent=1) + "\n"))
 
 
 def write_parquet(file: Path, columns: dict[str, list], features: Features) -> None:

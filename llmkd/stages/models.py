@@ -67,7 +67,8 @@ class Models:
 def _check(part: str, teacher: LocalTeacher, max_length: int) -> None:
     if adapter_of(teacher.model).unit != "token":
         raise ConfigError(f"stage.{part}: got a classifier; expected a causal LM. Use another model.")
-    context = getattr(teacher.model.config.get_text_config(), "max_position_embeddings", None)
+    config: Any = teacher.model.config
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if context is not None and context < max_length and not standing_in():
         raise ConfigError(
             f"stage.max_length: got {max_length}; expected at most {context}, the context of {part}. Set it so."

@@ -87,6 +87,11 @@ class Select(Stage):
             ends |= {(group, number): rank for number, rank in enumerate(shares)}
         self._cuts = cuts(lambda: self._blocks(source), {name: rank for name, rank in ends.items() if rank})
 
+    def look(self, source: Source, start: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """The scores of some rows, and which are kept: ([n] float64, [n] bool)."""
+        scored = self._scored(source.read(start, min(start + size, len(source)), self._reads()))
+        return scored[0] * self.sign, self._kept(*scored)
+
     def process(self, columns: dict[str, list]) -> dict[str, list]:
         """Mark the rows beyond the cuts."""
         scores, ids, groups = self._scored(columns)
@@ -117,10 +122,12 @@ class Select(Stage):
         groups = np.array([str(value) for value in columns[self.balanced]]) if self.balanced else np.full(len(ids), ALL)
         return self.score({**arrays, EXAMPLE_ID: ids}) * self.sign, ids, groups
 
+    def _reads(self) -> list[str]:
+        return list(dict.fromkeys([EXAMPLE_ID, *self.score.reads, *([self.balanced] if self.balanced else [])]))
+
     def _blocks(self, source: Source) -> Iterator[Block]:
         """The rows with a finite score, in order."""
-        wanted = [EXAMPLE_ID, *self.score.reads, *([self.balanced] if self.balanced else [])]
-        for columns in blocks(source, list(dict.fromkeys(wanted))):
+        for columns in blocks(source, self._reads()):
             scores, ids, groups = self._scored(columns)
             finite = np.isfinite(scores)
             yield Block(scores[finite], ids[finite], groups[finite])

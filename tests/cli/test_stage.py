@@ -279,3 +279,15 @@ def test_memory_does_not_grow_with_the_corpus(server, stage_recipe, tmp_path):
         assert done.code == 0, done.err
         peaks.append(int([line for line in done.out.splitlines() if line.startswith("peak ")][-1].split()[1]))
     assert peaks[1] - peaks[0] < 15 * 2**20, "the rows alone are 38 MB"
+
+
+def test_a_page_about_a_selection(llmkd, stage_recipe, whole, tmp_path):
+    select = {"name": "select", "score": {"name": "column", "column": "length"}, "ratio": 0.5}
+    recipe = stage_recipe("kept", stage=select, data={"path": str(whole)})
+    done = llmkd("stage", recipe, "--report", tmp_path / "pages" / "kept.html")
+    assert done.code == 0, done.err
+    assert "7 of 15 rows kept" in (tmp_path / "pages" / "kept.html").read_text()
+    again = llmkd("stage", recipe, "--report", tmp_path / "again.html")
+    assert again.code == 0
+    assert (tmp_path / "again.html").read_text() == (tmp_path / "pages" / "kept.html").read_text()
+    assert "--report" in llmkd("stage", stage_recipe("whole"), "--report", tmp_path / "x.html").error
