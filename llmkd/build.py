@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmkd import config as recipes
-from llmkd.data.load import DataSpec
+from llmkd.data.load import DataSpec, has_domains
 from llmkd.divergences import DIVERGENCES
 from llmkd.errors import ConfigError
 from llmkd.objectives import OBJECTIVES, Mix, Objective
 from llmkd.policies import POLICIES
+from llmkd.reweighting import REWEIGHTINGS, Reweighting
 from llmkd.schedules import SCHEDULES, as_schedule
 from llmkd.stages import SCORES, STAGES
 from llmkd.students import STUDENTS
@@ -24,6 +25,7 @@ TABLES: dict[str, Mapping[str, Callable[..., Any]]] = {
     "objective": OBJECTIVES,
     "policy": POLICIES,
     "schedule": SCHEDULES,
+    "reweighting": REWEIGHTINGS,
     "teacher": TEACHERS,
     "model": STUDENTS,
     "stage": STAGES,
@@ -40,6 +42,7 @@ class Parts:
     objective: Objective
     tokenizer: Any
     peft_config: Any
+    reweighting: Reweighting | None
 
 
 def data_spec(config: Mapping[str, Any]) -> DataSpec:
@@ -65,11 +68,12 @@ def parts(config: Mapping[str, Any]) -> Parts:
     """Build every part; within `weights.stand_in` this loads no weights."""
     goal = objective(config["objective"])
     _check_spans(goal, config)
+    mixture = reweighting(config)
     peft_config = peft(config.get("peft"))
     model_spec, teacher_spec = _spec(config["model"], "pretrained"), _spec(config.get("teacher"), "local")
     teacher = recipes.build("teacher", teacher_spec, TABLES) if teacher_spec else None
     model = recipes.build("model", model_spec, TABLES, teacher_model=getattr(teacher, "model", None))
-    return Parts(model, teacher, goal, tokenizer(config), peft_config)
+    return Parts(model, teacher, goal, tokenizer(config), peft_config, mixture)
 
 
 def _check_spans(goal: Objective, config: Mapping[str, Any]) -> None:
@@ -79,6 +83,24 @@ def _check_spans(goal: Objective, config: Mapping[str, Any]) -> None:
         raise ConfigError("data.spans: got nothing; expected a chunker, as the objective reads spans. Set punctuation.")
     if given is not None and "spans" not in goal.reads:
         raise ConfigError(f"data.spans: got '{given}', which no objective reads. Remove it, or add the objective span.")
+
+
+def reweighting(config: Mapping[str, Any]) -> Reweighting | None:
+    """The `reweighting:` block, or None; ConfigError if it and the domains of `data:` do not go together."""
+    spec, data = config.get("reweighting"), data_spec(config)
+    if spec is None:
+        if has_domains(data):
+            raise ConfigError("data: got domains, which nothing samples. Add reweighting: fixed, or name no domains.")
+        return None
+    if not has_domains(data):
+        raise ConfigError(
+            "reweighting: the data name no domains; expected some. Give data.path as a mapping, or set data.domain_column."
+        )
+    if data.eval is None and data.held_out_every is None:
+        raise ConfigError(
+            "reweighting: the domains have no validation data; expected some of each. Set data.held_out_every or data.eval."
+        )
+    return recipes.build("reweighting", spec, TABLES)
 
 
 def tokenizer(config: Mapping[str, Any]) -> Any:

@@ -7,8 +7,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-KINDS = ("divergence", "objective", "policy", "schedule", "teacher", "model", "stage", "score")
-METHODS = ("divergence", "objective", "policy", "schedule", "stage", "score")
+KINDS = ("divergence", "objective", "policy", "schedule", "reweighting", "teacher", "model", "stage", "score")
+METHODS = ("divergence", "objective", "policy", "schedule", "reweighting", "stage", "score")
 PAPER = re.compile(r"^Reference: (.+?)\.?$", re.MULTILINE)
 FIDELITY = re.compile(r"^Fidelity: (.+?)\.?$", re.MULTILINE)
 

@@ -114,10 +114,7 @@ def stage(
 @app.command(name="list")
 def list_(
     kind: Annotated[
-        str | None,
-        typer.Argument(
-            help="divergence, objective, policy, schedule, teacher, model, stage or score; all if left out."
-        ),
+        str | None, typer.Argument(help="Such as divergence, objective, stage or teacher; all tables if left out.")
     ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the methods as a Markdown table.")] = False,
 ) -> None:

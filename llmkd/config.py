@@ -43,6 +43,7 @@ class _Recipe(BaseModel):
     data: dict
     train: dict
     peft: dict | None = None
+    reweighting: str | dict | None = None
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), schema: type[BaseModel] = _Recipe) -> dict[str, Any]:

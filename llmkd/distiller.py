@@ -52,15 +52,15 @@ class Distiller(nn.Module):
         """Recompute the student's activations in backward."""
         self.student.activation_checkpointing_enable(**kwargs)  # type: ignore[operator]
 
-    def forward(self, teacher: Outputs | None = None, **batch: Tensor) -> Loss:
-        """The objective's sums; in eval mode, `agreement.measure`'s sums as well."""
+    def forward(self, teacher: Outputs | None = None, only_measure: bool = False, **batch: Tensor) -> Loss:
+        """The objective's sums, unless only to measure; in eval mode, `agreement.measure`'s sums as well."""
         needs = self.objective.needs | self.objective.student_needs
         student = self.adapter.read(self.student, batch, needs, self.vocab_size)
         for user in (self.objective, self.agreement):
             announce(user, student.rows.parameters())  # type: ignore[union-attr]
         for module in self.objective.row_modules():
             take_in(self.objective, module)
-        loss = dict(self.objective(student, teacher, batch))
+        loss = {} if only_measure else dict(self.objective(student, teacher, batch))
         if not self.training:
             loss.update(self.agreement(student, teacher, batch))
         return loss

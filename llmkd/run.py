@@ -15,10 +15,11 @@ from transformers import set_seed
 from llmkd import build, zero3
 from llmkd import config as recipes
 from llmkd.checkpoints import complete_checkpoints
-from llmkd.data import prepare
 from llmkd.data.collate import Collator
+from llmkd.data.domains import prepare
 from llmkd.distributed import is_main, start_processes
 from llmkd.errors import ConfigError
+from llmkd.mixing import mix_domains
 from llmkd.plan import check
 from llmkd.trainer import DistillTrainer
 from llmkd.versions import commit, device, peak_memory_mb, versions
@@ -115,6 +116,8 @@ def train(config: Mapping[str, Any], folder: Path, resume: bool = False, announc
         peft_config=built.peft_config,
         data_collator=Collator(built.tokenizer.pad_token_id, packing=spec.packing),
     )
+    if built.reweighting is not None:
+        mix_domains(trainer, built.reweighting, folder)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
     if trainer.interrupt.stopped:

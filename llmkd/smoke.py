@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmkd import build
-from llmkd.data.load import DataSpec
+from llmkd.data.load import DataSpec, has_domains
 from llmkd.run import train
 from llmkd.weights import stand_in
 
@@ -27,6 +27,9 @@ def smoke(config: Mapping[str, Any], announce: Any = print) -> dict[str, Any]:
     for part in ("model", "teacher"):
         if isinstance(small.get(part), Mapping):
             small[part] = {key: value for key, value in small[part].items() if key not in ("attn_implementation",)}
+    if isinstance(small.get("reweighting"), Mapping):
+        plain = {key: value for key, value in small["reweighting"].items() if not isinstance(value, Mapping)}
+        small["reweighting"] = {**plain, "interval": 1}
     with tempfile.TemporaryDirectory() as folder:
         small["data"] = _small_data(build.data_spec(config), Path(folder))
         with stand_in("smoke", _layers(config["model"])):
@@ -42,12 +45,18 @@ def _layers(model: Any) -> int:
 def _small_data(spec: DataSpec, folder: Path) -> dict[str, Any]:
     """A few short rows of the recipe's own data where it lies here, made-up ones where it is on the Hub."""
     kept = {"max_length": min(spec.max_length, 64), "packing": spec.packing, "spans": spec.spans}
+    if has_domains(spec):
+        return {"path": {name: _write(folder / f"{name}.jsonl", spec) for name in ("one", "two")}, **kept,
+                "held_out_every": 4, "max_eval_samples": 4}  # fmt: skip
     if ":" in str(spec.path) or Path(str(spec.path)).exists():
         local = spec.model_dump(include={"path", "split", "columns"}, exclude_defaults=True)
         return {**local, **kept, "max_samples": 8, "held_out_every": 4, "max_eval_samples": 4}
-    rows = folder / "rows.jsonl"
-    rows.write_text("".join(json.dumps(_made_up(spec)) + "\n" for _ in range(8)))
-    return {"path": str(rows), **kept, "held_out_every": 4, "max_eval_samples": 4}
+    return {"path": _write(folder / "rows.jsonl", spec), **kept, "held_out_every": 4, "max_eval_samples": 4}
+
+
+def _write(file: Path, spec: DataSpec) -> str:
+    file.write_text("".join(json.dumps(_made_up(spec)) + "\n" for _ in range(8)))
+    return str(file)
 
 
 def _made_up(spec: DataSpec) -> dict[str, Any]:

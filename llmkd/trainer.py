@@ -98,6 +98,7 @@ class DistillTrainer(Checkpoints, Trainer):
         self._train_meter, self._step_meter = Meter(), Meter()
         self._bad_step = torch.tensor(torch.inf)
         self._last_log = time.perf_counter()
+        self.train_sampler: Sampler | None = None  # of rows, instead of the default order; see `mixing`
         self.interrupt = Interrupt()
         self.add_callback(self.interrupt)
         self.add_callback(Follow(self))
@@ -234,6 +235,8 @@ class DistillTrainer(Checkpoints, Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         """Shuffled, or length-grouped, from the seed and the epoch alone, so that a resumed run sees the same order."""
+        if self.train_sampler is not None:
+            return self.train_sampler
         dataset = self.train_dataset if train_dataset is None else train_dataset
         strategy = self.args.train_sampling_strategy
         if strategy not in ("random", "group_by_length") or not hasattr(dataset, "__len__"):

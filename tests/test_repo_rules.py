@@ -30,7 +30,7 @@ LAYERS = """
 errors
 types
 support
-divergences schedules
+divergences schedules reweighting
 policies
 heads
 combined
@@ -38,12 +38,12 @@ fused
 rows
 objectives
 agreement
-distributed zero3 disk versions config students.tiny
+distributed zero3 disk versions config students.tiny plots
 meters weights vocabulary
 adapters
 students teachers data
 distiller
-callbacks checkpoints
+callbacks checkpoints mixing
 trainer
 stages
 build
@@ -106,7 +106,7 @@ def test_imports_point_down(path):
         assert inside or layer_of(target) < layer_of(module), f"{module} imports {target}"
 
 
-@pytest.mark.parametrize("module", ["trainer", "distiller", "callbacks", "checkpoints"])
+@pytest.mark.parametrize("module", ["trainer", "distiller", "callbacks", "checkpoints", "mixing"])
 def test_the_core_knows_no_concrete_method(module):
     interfaces = {"objectives.base", "teachers.base", "teachers", "students"}
     for target in imports(TREES[ROOT / "llmkd" / f"{module}.py"]):

@@ -30,12 +30,24 @@ class SourceSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    path: str | list[str] = Field(description="Hub id, file(s), folder, glob, or 'package.module:attribute'")
+    path: str | list[str] | dict[str, str | list[str] | SourceSpec] = Field(
+        description="Hub id, file(s), folder, glob, or 'package.module:attribute'; a mapping names domains"
+    )
+    domain_column: str | None = Field(None, description="the column (`a.b` for a nested one) that names a row's domain")
     name: str | None = Field(None, description="Hub config name")
     split: str = "train"
     revision: str | None = Field(None, description="Hub revision; pin it, or the data can change under a recipe")
     columns: dict[str, str] = Field({}, description="our column -> theirs, e.g. {prompt: instruction}")
     max_samples: int | None = Field(None, ge=1, description="rows taken, the first ones")
+
+    @model_validator(mode="after")
+    def _one_way_to_name_domains(self) -> SourceSpec:
+        if isinstance(self.path, dict):
+            if self.domain_column is not None:
+                raise ValueError("got both domain_column and a path for each domain; expected one of them. Remove one.")
+            if any(isinstance(source, SourceSpec) and has_domains(source) for source in self.path.values()):
+                raise ValueError("got domains inside a domain; expected plain sources. Name every domain at the top.")
+        return self
 
     @field_validator("columns")
     @classmethod
@@ -72,6 +84,11 @@ class DataSpec(SourceSpec):
         return self
 
 
+def has_domains(spec: SourceSpec) -> bool:
+    """Whether the rows belong to named domains."""
+    return isinstance(spec.path, dict) or spec.domain_column is not None
+
+
 def load_rows(spec: SourceSpec) -> Dataset:
     """Return the first `max_samples` raw rows of the source, with its own column names.
 
@@ -85,6 +102,8 @@ def load_rows(spec: SourceSpec) -> Dataset:
 
 def _open(spec: SourceSpec) -> Dataset:
     path = spec.path
+    if isinstance(path, dict):
+        raise DataError(f"data.path: got the domains {', '.join(path)}; expected one source. Load each on its own.")
     if isinstance(path, list):
         if not path:
             raise DataError("data.path: got an empty list; expected at least one file. Name a file.")
@@ -194,7 +213,7 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".rstrip(". ")
 
 
-def _empty(path: str | list[str]) -> DataError:
+def _empty(path: Any) -> DataError:
     return DataError(f"data.path: got '{path}', which is empty; expected at least one row. Point it at data.")
 
 

@@ -51,9 +51,12 @@ class Prepared:
 
 
 def prepare(
-    spec: DataSpec, processing_class: PreTrainedTokenizerBase | ProcessorMixin, rows: Dataset | None = None
+    spec: DataSpec,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    rows: Dataset | None = None,
+    eval_rows: Dataset | None = None,
 ) -> Prepared:
-    """Tokenise the rows of `spec` (or `rows`, if given) into samples of at most `max_length` tokens.
+    """Tokenise the rows of `spec` (or `rows`, `eval_rows`, if given) into samples of at most `max_length` tokens.
 
     Labels are aligned with the ids (not shifted), -100 where not supervised and at position 0.
     Raises: DataError on bad rows, or if nothing is supervised.
@@ -66,7 +69,8 @@ def prepare(
     train, report = _finish(samples, ~held_out, spec, "data", None)
     evaluation, counts = None, {}
     if spec.eval is not None:
-        samples = _tokenize(load_rows(spec.eval), spec.eval.columns, tokenizer, spec, "data.eval")
+        eval_rows = load_rows(spec.eval) if eval_rows is None else eval_rows
+        samples = _tokenize(eval_rows, spec.eval.columns, tokenizer, spec, "data.eval")
         held_out = np.ones(len(samples), dtype=bool)
     if spec.eval is not None or spec.held_out_every:
         evaluation, counts = _finish(samples, held_out, spec, "data.eval", spec.max_eval_samples)
