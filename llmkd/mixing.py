@@ -138,7 +138,7 @@ class DomainMixing(TrainerCallback, ExportableState):
             }
             partial = self.file.with_suffix(".partial")
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(content, indent=2) + "\n")
+            partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
             partial.replace(self.file)
 
     def _perplexities(self, who: str, nll: Callable[[dict[str, Tensor]], Tensor]) -> Shares:

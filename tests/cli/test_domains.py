@@ -35,12 +35,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(server, recipe, paths, tmp_path):
     ended = server("train", file)
     assert ended.code == 0, ended.err
     assert {"domains.json", "domains.svg"} <= {file.name for file in (tmp_path / "whole").iterdir()}
-    assert [look["step"] for look in json.loads((tmp_path / "whole" / "domains.json").read_text())["looks"]] == [
-        0,
-        3,
-        6,
-        8,
-    ]
+    looks = json.loads((tmp_path / "whole" / "domains.json").read_text())["looks"]
+    assert [look["step"] for look in looks] == [0, 3, 6, 8]
     file = recipe(changes)
     assert server("train", file, fault=("kill in step", 5)).code == -9
     assert not (tmp_path / "run" / "domains.svg").exists()

@@ -32,6 +32,7 @@ class Case:
     accumulation: int = 1
     evaluate: bool = False
     resume: bool = False
+    domains: bool = False
 
 
 CASES = (
@@ -45,6 +46,7 @@ CASES = (
     Case("coupled", "coupled", tied=True, empty=True),
     Case("lora", lora=True, tied=True, adamw=True, accumulation=2, resume=True),
     Case("ema", "with_labels", ema=True, adamw=True, accumulation=2, resume=True),
+    Case("domains", domains=True, adamw=True, accumulation=2, resume=True),
     Case("ema_lora", "with_labels", ema=True, lora=True, tied=True, adamw=True, resume=True),
 )
 

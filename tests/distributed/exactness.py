@@ -8,17 +8,19 @@ from typing import Any
 
 import torch
 from cases import OBJECTIVES, STUDENT_SIZE, TEACHER_SIZE, Case
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import TrainingArguments
 
 from llmkd import DistillTrainer
 from llmkd.data import Collator
+from llmkd.mixing import mix_domains
+from llmkd.reweighting import DDK
 from llmkd.students.tiny import byte_tokenizer, tiny_config, tiny_model
 from llmkd.teachers import EMA
 
-STEPS, BATCH, RESUME_AT = 5, 8, 2
+STEPS, BATCH, RESUME_AT, INTERVAL = 5, 8, 2, 2
 EXPORT, MERGED, WEIGHTS, REPORT = "student", "merged", "weights.safetensors", "report.json"
 
 
@@ -58,7 +60,13 @@ def train_rows(case: Case) -> Dataset:
                 if index // micro % 2 == rank:
                     row = data[step * BATCH + index]
                     row["labels"] = [-100] * len(row["labels"])
-    return Dataset.from_list(data)
+    return _in_domains(data) if case.domains else Dataset.from_list(data)
+
+
+def _in_domains(data: list[dict[str, list[int]]]) -> Dataset:
+    """The rows dealt out to two domains, unevenly."""
+    marked = [{**row, "domain": int(i % 4 == 0)} for i, row in enumerate(data)]
+    return Dataset.from_list(marked).cast_column("domain", ClassLabel(names=["much", "little"]))
 
 
 def trainer(
@@ -82,21 +90,27 @@ def trainer(
         "disable_tqdm": True,
         **train,
     }
+    if case.domains:
+        settings["train_sampling_strategy"] = "random"
     args = TrainingArguments(**settings)  # first: it tells transformers how ZeRO-3 shards what is loaded next
     torch.manual_seed(0)
     tokenizer = byte_tokenizer()
     lora = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
-    return DistillTrainer(
+    held_out = rows(11, seed=2)
+    made = DistillTrainer(
         model=_load(models / ("tied" if case.tied else "untied")),
         teacher=EMA(decay=0.5) if case.ema else _load(models / "teacher"),
         objective=OBJECTIVES[case.objective](),
         args=args,
         train_dataset=train_rows(case),
-        eval_dataset=Dataset.from_list(rows(11, seed=2)),
+        eval_dataset=_in_domains(held_out) if case.domains else Dataset.from_list(held_out),
         processing_class=tokenizer,
         peft_config=lora if case.lora else None,
         data_collator=Collator(0, **(collate or {})),
     )
+    if case.domains:
+        mix_domains(made, DDK(interval=INTERVAL), output)
+    return made
 
 
 def _load(path: Path) -> Any:
@@ -113,7 +127,7 @@ def run(case: Case, models: Path, output: Path, collate: dict[str, Any] | None =
     if case.evaluate and not made.is_fsdp_enabled:
         report["before"] = evaluation(made)
     made.train()
-    report["steps"] = history(made)
+    report["steps"], report["looks"] = history(made), looks(made)
     if case.evaluate:
         report["after"] = evaluation(made)
     write_weights(made, output / WEIGHTS)
@@ -145,6 +159,11 @@ def history(made: DistillTrainer) -> list[dict[str, float]]:
     unstable = {"epoch", "tokens_per_second", "learning_rate"}
     entries = [entry for entry in made.state.log_history if "grad_norm" in entry]
     return [{name: value for name, value in entry.items() if name not in unstable} for entry in entries]
+
+
+def looks(made: DistillTrainer) -> list[dict[str, float]]:
+    """What a run with domains measured of them, and how it moved r."""
+    return [entry for entry in made.state.log_history if any(name.startswith("domain/") for name in entry)]
 
 
 def evaluation(made: DistillTrainer) -> dict[str, float]:

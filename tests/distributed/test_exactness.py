@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import psutil
 import pytest
 import torch
 from cases import CASES, Case
-from exactness import EXPORT, MERGED, REPORT, STEPS, WEIGHTS, run, write_models
+from exactness import EXPORT, MERGED, REPORT, STEPS, WEIGHTS, resume, run, write_models
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -203,3 +204,21 @@ def test_a_resumed_run_equals_the_undisturbed_one(framework, name, launched):
     launch = launched(framework)
     undisturbed, resumed = launch.folder(name), launch.folder(f"{name}/resumed")
     assert_same(resumed, undisturbed, relative=0.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_domains_are_measured_and_moved_as_on_one_process(framework, launched, reference):
+    """Perplexities weigh tokens over all ranks: 11 sequences of two domains, filled up to whole batches."""
+    mine, theirs = (report(folder)["looks"] for folder in (launched(framework).folder("domains"), reference("domains")))
+    assert [look["step"] for look in mine] == [0, 2, 4, 5]
+    for ours, expected in zip(mine, theirs, strict=True):
+        assert ours == pytest.approx(expected, rel=RELATIVE)
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_where_two_stopped(launched, reference, models, tmp_path):
+    folder = launched("ddp").folder("domains")
+    shutil.copytree(folder / "run", tmp_path / "run")
+    resume(NAMED["domains"], models, tmp_path, use_cpu=True)
+    assert_same(tmp_path / "resumed", reference("domains"))
