@@ -8,6 +8,7 @@ from benchmarks.docs import docs
 from benchmarks.head import head
 from benchmarks.quality import EXAMPLES, quality
 from benchmarks.quickstart import quickstart
+from benchmarks.refine import command as refining
 from llmkd.errors import LlmkdError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -15,6 +16,7 @@ app.command()(quickstart)
 app.command()(docs)
 app.command()(head)
 app.command(epilog=EXAMPLES)(quality)
+app.command(epilog=refining.EXAMPLES)(refining.refine)
 
 
 @app.callback()

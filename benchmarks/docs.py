@@ -9,8 +9,11 @@ from typing import Any
 
 import yaml
 
-from benchmarks.quality import report, results
+import benchmarks.quality.report as quality_report
+import benchmarks.refine.report as refine_report
+from benchmarks.quality import results as quality_results
 from benchmarks.quality.entries import methods
+from benchmarks.refine import results as refine_results
 from llmkd import catalog
 
 ROOT = Path(__file__).parent.parent
@@ -26,9 +29,14 @@ def docs() -> None:
 def pages() -> dict[Path, str]:
     """Every generated page as it should be; a test compares it with what stands."""
     readme = ROOT / "README.md"
-    quality = results.read(RESULTS / "quality.json")
+    measured = quality_results.read(RESULTS / "quality.json")
     text = readme.read_text()
-    blocks = {"methods": method_table(quality), "quickstart": quickstart_numbers(), "quality": report.section(quality)}
+    blocks = {
+        "methods": method_table(measured),
+        "quickstart": quickstart_numbers(),
+        "quality": quality_report.section(measured),
+        "refine": refine_report.section(refine_results.read(RESULTS / "refine.json")),
+    }
     for name, content in blocks.items():
         text = block(text, name, content)
     return {readme: text, ROOT / "recipes" / "README.md": recipe_list()}
@@ -45,10 +53,10 @@ def block(page: str, name: str, content: str) -> str:
 
 def method_table(quality: Mapping[str, Any]) -> str:
     """What `llmkd list --markdown` prints, and for each method its recipe and what it reached in quality.json."""
-    losses = results.spreads(quality)
+    losses = quality_results.spreads(quality)
     own = {
         "recipe": lambda entry: recipe_of(entry.name),
-        "held-out KL": lambda entry: report.cell(quality, losses, entry.name),
+        "held-out KL": lambda entry: quality_report.cell(quality, losses, entry.name),
     }
     return catalog.markdown(columns={**catalog.COLUMNS, **own})
 

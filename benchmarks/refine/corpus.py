@@ -80,5 +80,7 @@ def chunks(texts: Texts, counts: Mapping[str, int], length: int, tokenizer: Any)
                         columns[column].append(value)
                     found += 1
         if found < counts[name]:
-            raise DataError(f"domain '{name}': got {found} windows of {length} tokens; expected {counts[name]}. Add text.")
+            raise DataError(
+                f"domain '{name}': got {found} windows of {length} tokens; expected {counts[name]}. Add text."
+            )
     return Dataset.from_dict(columns).cast_column("domain", ClassLabel(names=list(texts)))

@@ -6,6 +6,7 @@ import gc
 import json
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import nn
 from transformers import PrinterCallback, set_seed
 
 from benchmarks.refine import corpus
+from benchmarks.refine.arms import SAMPLINGS
 from benchmarks.refine.recorded import RecordedTeacher
 from llmkd import build, config
 from llmkd.data.domains import COLUMN
@@ -28,19 +30,25 @@ from llmkd.trainer import DistillTrainer
 from llmkd.weights import reading_once
 
 QUICKSTART = Path(__file__).parent.parent.parent / "recipes" / "quickstart.yaml"
-ARMS: dict[str, Any] = {
-    "ddk": {"name": "ddk"},
-    "uniform": {"name": "fixed", "weights": "uniform"},
-    "proportional": {"name": "fixed", "weights": "proportional"},
-}
+ARMS = SAMPLINGS
 OBJECTIVE = [{"name": "cross_entropy", "weight": 1.0}, {"name": "token", "divergence": "forward_kl", "weight": 0.2}]
-WARM_OBJECTIVE = [{"name": "token", "divergence": "forward_kl", "weight": 1.0}, {"name": "cross_entropy", "weight": 0.1}]
+WARM_OBJECTIVE = [
+    {"name": "token", "divergence": "forward_kl", "weight": 1.0},
+    {"name": "cross_entropy", "weight": 0.1},
+]
 
 
 def settings(quick: bool) -> dict[str, Any]:
     """All that a run depends on beside its arm and seed. Counts of windows are a domain's, or all domains' together."""
     recipe = config.load(QUICKSTART)
-    sizes = {"warm_steps": 160, "steps": 72, "interval": 12, "windows": 1200, "validation_windows": 6, "test_windows": 12}
+    sizes = {
+        "warm_steps": 120,
+        "steps": 60,
+        "interval": 12,
+        "windows": 600,
+        "validation_windows": 4,
+        "test_windows": 10,
+    }
     small = {"warm_steps": 4, "steps": 4, "interval": 2, "windows": 96, "validation_windows": 1, "test_windows": 1}
     return {
         "model": recipe["model"],
@@ -72,6 +80,16 @@ class Bench:
         looks = self.fit(self.train, OBJECTIVE, reweighting, seed, self.settings["steps"])
         measured = self.measure()
         return {**measured, "looks": looks, "cpu_seconds": round(time.process_time() - started, 1)}
+
+    def shared(self) -> dict[str, Any]:
+        """The start of every run: its distance to the teacher, and the windows of each domain."""
+        counts = Counter(self.train[COLUMN])
+        names = self.train.features[COLUMN].names
+        return {"start": self.measure(), "windows": {name: counts[i] for i, name in enumerate(names)}}
+
+    def summary(self, run: dict[str, Any]) -> str:
+        """One line about a run."""
+        return f"KL to the teacher: mean of domains {run['mean_kl']:.3f}, worst {run['worst_kl']:.3f}"
 
     def fit(self, train: Dataset, objective: Any, reweighting: Reweighting, seed: int, steps: int) -> list[Any]:
         """Train the student from where `start` is; returns the looks at the validation sets."""
@@ -139,9 +157,7 @@ def make(settings: dict[str, Any], parts: dict[str, corpus.Texts], work: Path) -
     train = corpus.chunks(parts["train"], counts, length, tokenizer)
     validation, test = windows("validation", settings["validation_windows"]), windows("test", settings["test_windows"])
     start = {name: tensor.clone() for name, tensor in built.model.state_dict().items()}
-    bench = Bench(
-        settings, built.model, start, RecordedTeacher(built.teacher), tokenizer, train, validation, test
-    )
+    bench = Bench(settings, built.model, start, RecordedTeacher(built.teacher), tokenizer, train, validation, test)
     _warm(bench, corpus.chunks(parts["reference"], counts, length, tokenizer), work / "start.safetensors")
     return bench
 

@@ -13,6 +13,11 @@ from llmkd.errors import ConfigError
 from llmkd.run import first_difference
 
 
+def read(file: Path) -> dict[str, Any]:
+    """The results of the file; without runs if it is not there."""
+    return json.loads(file.read_text()) if file.exists() else {"runs": []}
+
+
 def begin(file: Path, shared: Mapping[str, Any]) -> dict[str, Any]:
     """The results to go on with: those of the file, or none yet.
 
@@ -59,14 +64,14 @@ def show(values: list[float], form: str = "{:.3f}") -> str:
 
 def gap(found: Mapping[str, Any], arm: str, other: str, key: str) -> list[float]:
     """arm - other, seed by seed, over the seeds that both have: what the seed does to both falls out."""
-    pairs = [
-        {run["seed"]: run[key] for run in found["runs"] if run["arm"] == name} for name in (arm, other)
-    ]
+    pairs = [{run["seed"]: run[key] for run in found["runs"] if run["arm"] == name} for name in (arm, other)]
     return [pairs[0][seed] - pairs[1][seed] for seed in sorted({*pairs[0]} & {*pairs[1]})]
 
 
 def verdict(found: Mapping[str, Any], arm: str, other: str, key: str) -> str:
     """Whether `arm` is lower than `other` on every seed, higher on every seed, or neither."""
     gaps = gap(found, arm, other, key)
-    word = "lower on every seed" if max(gaps) < 0 else "higher on every seed" if min(gaps) > 0 else "no clear difference"
+    word = (
+        "lower on every seed" if max(gaps) < 0 else "higher on every seed" if min(gaps) > 0 else "no clear difference"
+    )
     return f"{word} ({show(gaps, '{:+.3f}')})"

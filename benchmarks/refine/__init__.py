@@ -1,0 +1,1 @@
+"""`python -m benchmarks refine`: MiniPLM and DDK against their controls."""
