@@ -135,6 +135,8 @@ class FrozenStart(Snapshots):
 class PreviousEpoch(Snapshots):
     """p = softmax(student_{e-1}(x)): the student at the end of the previous epoch; in the first epoch, its start.
 
+    A run of one epoch, or of data without a length, therefore sees the start alone.
+
     Reference: Kim et al. 2021 (PS-KD), arXiv 2006.12000; Carrino et al. 2023, arXiv 2309.17134.
     """
 
@@ -185,7 +187,7 @@ class Votes(Snapshots):
 
     Args:
         last: K, at least 1; each is a forward pass more in every step, and a copy more in memory.
-        every: optimizer steps between snapshots; None takes one at the end of each epoch.
+        every: optimizer steps between snapshots; None takes one at the end of each epoch but the last.
 
     Raises:
         ConfigError: `last` or `every` is below 1.

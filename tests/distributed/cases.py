@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from llmkd import Mix, TokenDistill
 from llmkd.divergences import DACKL, Standardised
-from llmkd.objectives import OFA, CrossEntropy, Objective, SinKD, SpanLoss
+from llmkd.objectives import OFA, USKD, CrossEntropy, Objective, SinKD, SpanLoss
 from llmkd.schedules import Linear
 from llmkd.types import Batch, Loss, Outputs, Signal, supervised_rows
 
@@ -46,6 +46,7 @@ CASES = (
     Case("coupled", "coupled", tied=True, empty=True),
     Case("lora", lora=True, tied=True, adamw=True, accumulation=2, resume=True),
     Case("ema", "with_labels", ema=True, adamw=True, accumulation=2, resume=True),
+    Case("uskd", "uskd", empty=True),
     Case("domains", domains=True, adamw=True, accumulation=2, resume=True),
     Case("ema_lora", "with_labels", ema=True, lora=True, tied=True, adamw=True, resume=True),
 )
@@ -110,6 +111,7 @@ OBJECTIVES: dict[str, Callable[[], Objective]] = {
     "learned": lambda: TokenDistill(Temper()),
     "modules": modules,
     "coupled": coupled,
+    "uskd": lambda: Mix([USKD(alpha=0.0, mu=0.5, top_k=8), CrossEntropy()]),
     "with_labels": lambda: Mix([TokenDistill("forward_kl"), CrossEntropy()]),
 }
 
