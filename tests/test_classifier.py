@@ -180,7 +180,8 @@ OF_ROWS = sorted(name for name, entry in OBJECTIVES.items() if "spans" not in en
 @pytest.mark.parametrize("name", OF_ROWS)
 def test_every_objective_takes_classes(name, batch):
     student, teacher = classifier(), LocalTeacher(classifier(seed=9, size=48))
-    loss = OBJECTIVES[name]()(read(student, batch, ()), teacher(batch, {Signal.LOGITS}), batch)
+    goal = OBJECTIVES[name](**{"uskd": {"weak_head": nn.Linear(32, CLASSES)}}.get(name, {}))
+    loss = goal(read(student, batch, goal.student_needs), teacher(batch, {Signal.LOGITS}), batch)
     loss["total"].backward()
     assert loss["total"].isfinite()
     assert student.classifier.weight.grad.abs().sum() > 0
