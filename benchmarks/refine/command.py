@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import warnings
 from collections.abc import Callable
@@ -14,14 +16,14 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarks.refine import corpus, domains, results, selection
+from benchmarks.refine import corpus, results
 from benchmarks.refine.picture import draw
 from llmkd.errors import need
 from llmkd.plots import INSTALL
+from llmkd.run import Stopped
 from llmkd.versions import commit, device, versions
 
 RESULTS = Path(__file__).parent.parent / "results"
-EXPERIMENTS: dict[str, Any] = {"ddk": domains, "miniplm": selection}
 EXAMPLES = """
 **Examples**
 
@@ -38,23 +40,29 @@ def refine(
     work: Annotated[Path, typer.Option(help="Where models, scores and students are kept.")] = Path("runs/refine"),
 ) -> None:
     """Compare DDK and MiniPLM with their controls on text of several domains; writes refine.json and refine.svg."""
+    from benchmarks.refine import domains, selection  # they import all of training, which no other command waits for
+
     need("matplotlib", INSTALL)
     _quiet()
+    experiments: dict[str, Any] = {"ddk": domains, "miniplm": selection}
     parts, digest = corpus.read(data)
     kind = "refine_quick" if quick else "refine"
     file = RESULTS / f"{kind}.json"
-    settings = {name: experiment.settings(quick) for name, experiment in EXPERIMENTS.items()}
+    settings = {name: experiment.settings(quick) for name, experiment in experiments.items()}
     text = {"sha256": digest, "domains": {name: len(texts) for name, texts in parts["train"].items()}}
     found = results.begin(file, {"versions": versions(), "device": device(), "settings": settings, "data": text})
     todo = {
         name: [(arm, seed) for seed in range(1, 2 if quick else seeds + 1) for arm in experiment.ARMS]
-        for name, experiment in EXPERIMENTS.items()
+        for name, experiment in experiments.items()
     }
     todo = {name: [job for job in jobs if not results.has(found, *job)] for name, jobs in todo.items()}
-    place = work / f"{kind}-{digest[:8]}"
+    asked = json.dumps([found["settings"], found["versions"], digest], sort_keys=True)
+    place = (
+        work / f"{kind}-{hashlib.sha256(asked.encode()).hexdigest()[:8]}"
+    )  # nothing of other settings is gone on with
     try:
-        _run(todo, found, file, lambda name: EXPERIMENTS[name].make(settings[name], parts, place / name))
-    except KeyboardInterrupt:
+        _run(todo, found, file, lambda name: experiments[name].make(settings[name], parts, place / name))
+    except (KeyboardInterrupt, Stopped):
         Console(stderr=True).print("interrupted; the same command goes on where this one stopped")
         raise typer.Exit(130) from None
     draw(found, file.with_suffix(".svg"))
