@@ -36,7 +36,6 @@ TRAIN_EXAMPLES = """
     accelerate launch --config_file recipes/accelerate/zero3.yaml -m llmkd train recipes/quickstart.yaml
 """
 
-
 STAGE_EXAMPLES = """
 **Examples**
 

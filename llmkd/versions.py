@@ -9,7 +9,8 @@ import resource
 import subprocess
 import sys
 
-PACKAGES = ("llmkd", "torch", "transformers", "accelerate", "peft", "datasets", "trl", "deepspeed")
+PACKAGES = ("llmkd", "torch", "transformers", "accelerate", "peft", "datasets", "trl", "deepspeed", "lm_eval", "math-verify",
+            "scikit-learn", "evaluate")  # fmt: skip
 
 
 def versions() -> dict[str, str]:

@@ -50,6 +50,7 @@ build
 plan catalog
 run table
 stages.runner stages.command
+evaluation
 smoke
 cli
 __main__
