@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from llmkd import config as recipes
 from llmkd.data.load import DataSpec, has_domains
@@ -109,6 +109,11 @@ def tokenizer(config: Mapping[str, Any]) -> Any:
         if spec and isinstance(spec.get("path"), str):
             return load_tokenizer(locate(spec["path"], spec.get("gguf_file"), spec.get("revision")))
     raise ConfigError("model: neither model nor teacher has a path; expected one, to take the tokenizer from.")
+
+
+def part(config: Mapping[str, Any], kind: Literal["model", "teacher"]) -> Any:
+    """The spec of `model` or `teacher` with the name of its table's entry, or None."""
+    return _spec(config.get(kind), "pretrained" if kind == "model" else "local")
 
 
 def has_own_code(config: Mapping[str, Any]) -> bool:

@@ -48,6 +48,16 @@ STAGE_EXAMPLES = """
     llmkd stage recipes/miniplm/2_select.yaml --report selection.html
 
     llmkd stage --verify runs/quarter
+EVALUATE_EXAMPLES = """
+**Examples**
+
+    llmkd evaluate runs/quickstart --tasks glue
+
+    llmkd evaluate runs/chat --tasks aime24,aime25 --repeats 32 --max-tokens 16384 --backend vllm
+
+    llmkd evaluate org/model --tasks gsm8k --baseline org/other --limit 100
+
+    llmkd evaluate runs/quickstart --tasks glue --data datasets
 """
 
 
@@ -107,6 +117,42 @@ def stage(
         command.stage(recipe, overrides or [], dry_run, smoke, report, _announce)
     except KeyboardInterrupt as interrupt:
         _announce("interrupted; finished shards are kept. Go on with the same command.")
+        raise typer.Exit(130) from interrupt
+
+
+@app.command(epilog=EVALUATE_EXAMPLES)
+def evaluate(
+    target: Annotated[str, typer.Argument(help="A run folder, a model's folder or a Hub name.")],
+    tasks: Annotated[str, typer.Option(help="lm-eval's tasks, groups and tags, and llmkd's: aime24,aime25,stsb.")] = "",
+    baseline: Annotated[
+        str | None, typer.Option(help="Models to compare with: start, teacher, names; of a run both if left out.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of datasets laid out as on the Hub; no network.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="The first examples of each task alone, to try it.")] = None,
+    backend: Annotated[str, typer.Option(help="lm-eval's: hf, vllm, ...")] = "hf",
+    batch_size: Annotated[
+        str, typer.Option(help="A number, or auto: the largest that fits a GPU, 8 on a CPU.")
+    ] = "auto",
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="New tokens of an answer; the task's if left out.")
+    ] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Answers a problem of a task that samples.")] = None,
+    seed: Annotated[int, typer.Option(help="Of sampling and few-shot examples.")] = 1234,
+    chat_template: Annotated[
+        bool | None,
+        typer.Option(help="Chat prompts or plain ones; chat where the tokenizer has a template if left out."),
+    ] = None,
+) -> None:
+    """Measure a student, its untrained start and its teacher on the same tasks; resumes where it was stopped."""
+    from llmkd.evaluation import command
+
+    _quiet()
+    options = command.Options(target, tasks, baseline, data, limit, backend, batch_size, max_tokens, repeats, seed,
+                              chat_template)  # fmt: skip
+    try:
+        command.run(options, _announce)
+    except KeyboardInterrupt as interrupt:
+        _announce("interrupted; results so far are kept. Go on with the same command.")
         raise typer.Exit(130) from interrupt
 
 

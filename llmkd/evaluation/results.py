@@ -19,7 +19,7 @@
       "limit": null, "repeats": 1, "seed": 0, "num_fewshot": 0,
       "generation": null or {"max_gen_toks": 32768, "temperature": 0.6, ...},
       "higher_is_better": {"mcc": true},
-      "main": "mcc",                    the metric that an average over tasks takes
+      "main": ["mcc"],                  the metrics whose mean is the task's score in an average over tasks
       "models": {
         "student": {"mcc": {"value": 0.412, "stderr": 0.027, "interval": [0.36, 0.463]}},     metric -> numbers
         "teacher": {...}
@@ -65,7 +65,9 @@ def read(folder: Path) -> dict[str, Any]:
         if not isinstance(found["tasks"], dict) or not isinstance(found["models"], dict):
             raise ValueError("tasks and models are no mappings")
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{file}: cannot be read ({error}); expected results of llmkd evaluate. Delete it.") from error
+        raise ConfigError(
+            f"{file}: cannot be read ({error}); expected results of llmkd evaluate. Delete it."
+        ) from error
     return found
 
 
