@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,8 +45,9 @@ def bootstrap(statistic: Callable[[list[Any]], float], items: Sequence[Any]) -> 
     """
     generator = np.random.default_rng(SEED)
     value = float(statistic(list(items)))
-    draws = np.array([_draw(statistic, items, generator) for _ in range(RESAMPLES)], dtype=float)
-    draws = draws[np.isfinite(draws)]  # a resample of one class has no correlation
+    with warnings.catch_warnings(action="ignore"), np.errstate(all="ignore"):  # a resample may be of one class
+        draws = np.array([_draw(statistic, items, generator) for _ in range(RESAMPLES)], dtype=float)
+    draws = draws[np.isfinite(draws)]
     if not math.isfinite(value) or len(draws) < RESAMPLES / 2:
         return {"value": value if math.isfinite(value) else None, "stderr": None, "interval": None}
     low, high = np.quantile(draws, [0.025, 0.975])
@@ -54,8 +56,7 @@ def bootstrap(statistic: Callable[[list[Any]], float], items: Sequence[Any]) -> 
 
 def _draw(statistic: Callable[[list[Any]], float], items: Sequence[Any], generator: np.random.Generator) -> float:
     chosen = generator.integers(0, len(items), len(items))
-    with np.errstate(all="ignore"):
-        return statistic([items[index] for index in chosen])
+    return statistic([items[index] for index in chosen])
 
 
 def bare(value: float) -> dict[str, Any]:

@@ -95,6 +95,8 @@ def load(name: str, changes: Mapping[str, Any], data: Path | None, sampling: Sam
     config |= _sampled(config, sampling)
     if data is not None:
         config |= local(data, name, config)
+        if not config.get("num_fewshot"):
+            config |= {"training_split": None, "fewshot_split": None}  # it need not be there
     try:
         task = manager().load([config])["tasks"][name]
         if task.get_config("num_fewshot") is None:

@@ -31,7 +31,8 @@ def aime_results(doc: Mapping[str, Any], results: Sequence[Sequence[str]]) -> di
 def is_right(response: str, answer: str) -> bool:
     """Whether a response's final answer equals the known one: the last box if there is one, else its last expression."""
     verify = need("math_verify", INSTALL)
-    return bool(verify.verify(verify.parse(f"${answer}$"), verify.parse(response)))
+    last = response[max(response.rfind("\\boxed"), 0) :]  # several boxes are a set to math-verify
+    return bool(verify.verify(verify.parse(f"${answer}$"), verify.parse(last)))
 
 
 def every_response(responses: Iterable[list[str]], docs: Any) -> list[list[str]]:
