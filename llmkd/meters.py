@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -30,3 +30,12 @@ class Meter:
         values = sum_over_ranks(torch.stack([self.sums[name] for name in names])).tolist()
         self.sums = {}
         return dict(zip(names, values, strict=True))
+
+
+def passed(history: Sequence[Mapping[str, float]], tokens: float, seconds: float) -> dict[str, float]:
+    """Tokens trained on and wall seconds since the run began: those of the last entry, and what came since.
+
+    An interrupted run goes on from its checkpoint's entries; what lay between the last one and the checkpoint is not counted.
+    """
+    last = next((entry for entry in reversed(history) if "seconds" in entry), {})
+    return {"tokens": last.get("tokens", 0) + int(tokens), "seconds": round(last.get("seconds", 0.0) + seconds, 3)}

@@ -21,6 +21,8 @@ from llmkd.distributed import is_main, start_processes
 from llmkd.errors import ConfigError
 from llmkd.mixing import mix_domains
 from llmkd.plan import check
+from llmkd.sources import revisions
+from llmkd.token_view import token_view
 from llmkd.trainer import DistillTrainer
 from llmkd.versions import commit, device, peak_memory_mb, versions
 from llmkd.weights import reading_once, standing_in
@@ -118,14 +120,11 @@ def train(config: Mapping[str, Any], folder: Path, resume: bool = False, announc
     )
     if built.reweighting is not None:
         mix_domains(trainer, built.reweighting, folder)
-    started = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
     if trainer.interrupt.stopped:
         raise Stopped(str(trainer.last_checkpoint()))
     trainer.stop_unless_finite()
-    seconds = time.perf_counter() - started
-    metrics = _finish(trainer, config, folder, seconds, data.report)
-    return metrics
+    return _finish(trainer, config, folder, data.report)
 
 
 def _begin(folder: Path, config: Mapping[str, Any]) -> None:
@@ -136,9 +135,10 @@ def _begin(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def _finish(
-    trainer: DistillTrainer, config: Mapping[str, Any], folder: Path, seconds: float, report: dict[str, int]
+    trainer: DistillTrainer, config: Mapping[str, Any], folder: Path, report: dict[str, int]
 ) -> dict[str, Any]:
     """Final evaluation, export and metrics; metrics.json comes last, so that its `after` means all is there."""
+    train_column = _train_column(trainer, report)
     final = trainer.evaluate() if trainer.eval_dataset is not None else {}
     start = next((entry for entry in trainer.state.log_history if entry.get("step") == 0 and "eval_loss" in entry), {})
     merge = bool((config.get("peft") or {}).get("merge", False))
@@ -149,14 +149,20 @@ def _finish(
         "before": _measured(start, "eval_", speed["student"]),
         "after": _measured(final, "eval_", speed["student"]),
         "teacher": _teacher_column(trainer, final, speed["teacher"]),
-        "train": _train_column(trainer, seconds, report),
+        "train": train_column,
+        "revisions": revisions(config),
         "parameters": sum(zero3.size(p) for p in student.parameters()),
         "seed": trainer.args.seed,
         "versions": versions(),
         "device": device(),
+        "processes": trainer.args.world_size,
         "commit": commit(),
     }
+    tokens = token_view(trainer)
     if trainer.args.should_save:
+        _write(folder / "history.json", json.dumps(trainer.state.log_history, indent=1) + "\n")
+        if tokens is not None:
+            _write(folder / "tokens.json", json.dumps(tokens, ensure_ascii=False) + "\n")
         _write(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     return metrics
 
@@ -175,13 +181,15 @@ def _teacher_column(trainer: DistillTrainer, final: Mapping[str, float], speed: 
     return {"kl": 0.0, "top1_agreement": 1.0, **values, "tokens_per_second": speed, "parameters": size}
 
 
-def _train_column(trainer: DistillTrainer, seconds: float, report: dict[str, int]) -> dict[str, Any]:
-    logs = [entry for entry in trainer.state.log_history if "tokens_per_second" in entry]
+def _train_column(trainer: DistillTrainer, report: dict[str, int]) -> dict[str, Any]:
+    history = trainer.state.log_history
+    logs = [entry for entry in history if "tokens_per_second" in entry]
     speeds = [entry["tokens_per_second"] for entry in logs]
     return {
         "loss": logs[-1]["loss"] if logs else None,
         "steps": trainer.state.global_step,
-        "seconds": round(seconds, 1),
+        "tokens": history[-1]["tokens"],
+        "seconds": round(history[-1]["seconds"], 1),
         "tokens_per_second": round(sum(speeds) / len(speeds), 1) if speeds else None,
         "peak_memory_mb": peak_memory_mb(),
         "data": report,

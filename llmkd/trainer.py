@@ -22,7 +22,7 @@ from llmkd.data.sampler import EpochSampler
 from llmkd.distiller import Distiller
 from llmkd.distributed import min_over_ranks
 from llmkd.errors import ConfigError, TrainingError
-from llmkd.meters import Meter
+from llmkd.meters import Meter, passed
 from llmkd.objectives.base import Objective
 from llmkd.students import as_student
 from llmkd.teachers import Teacher, as_teacher
@@ -147,15 +147,16 @@ class DistillTrainer(Checkpoints, Trainer):
         return _means(self._step_meter.totals())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add every term's own mean and tokens/s to the Trainer's logs; stop if the loss is not finite."""
+        """Add every term's own mean, tokens/s, and tokens and seconds so far; stop if the loss is not finite."""
+        tokens, seconds = 0.0, time.perf_counter() - self._last_log
         if "loss" in logs:
             self.stop_unless_finite()
             totals = self._train_meter.totals()
-            tokens, now = totals.pop("tokens", 0.0), time.perf_counter()
-            logs.update(_means(totals), tokens_per_second=round(tokens / max(now - self._last_log, 1e-9), 1))
+            tokens = totals.pop("tokens", 0.0)
+            logs.update(_means(totals), tokens_per_second=round(tokens / max(seconds, 1e-9), 1))
             logs.update(self.distiller.objective.logs())
-        self._last_log = time.perf_counter()
-        super().log(logs, start_time)
+        self._last_log += seconds
+        super().log({**logs, **passed(self.state.log_history, tokens, seconds)}, start_time)
 
     def stop_unless_finite(self) -> None:
         """Raise a TrainingError, on every rank, if the loss of any was NaN or infinite since the start."""

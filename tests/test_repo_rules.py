@@ -47,11 +47,12 @@ callbacks checkpoints mixing
 trainer
 stages
 build
-plan catalog
+plan catalog sources token_view
 run table
 stages.runner stages.command
 evaluation
 smoke
+hub report
 cli
 __main__
 """.strip().splitlines()

@@ -49,7 +49,8 @@ def environment() -> dict[str, str]:
 
 def test_the_run_folder_is_complete(finished):
     run = finished[0] / "out" / "run"
-    assert {file.name for file in run.iterdir()} == {"student", "checkpoints", "config.yaml", "metrics.json"}
+    files = {"config.yaml", "metrics.json", "history.json", "tokens.json"}
+    assert {file.name for file in run.iterdir()} == {"student", "checkpoints", *files}
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= {
         file.name for file in (run / "student").iterdir()
     }
