@@ -61,6 +61,15 @@ EVALUATE_EXAMPLES = """
 """
 
 
+PUSH_EXAMPLES = """
+**Examples**
+
+    llmkd push runs/quickstart your-name/smollm2-10-layers --dry-run
+
+    HF_TOKEN=... llmkd push runs/quickstart your-name/smollm2-10-layers --private
+"""
+
+
 @app.callback()
 def _main() -> None:
     """Distil large language models into small ones."""
@@ -175,6 +184,38 @@ def list_(
     for entry in catalog.entries(kind):
         knobs = f"\n    knobs: {entry.knobs}" if entry.knobs else ""
         print(f"{entry.kind} {entry.name}\n    {entry.formula}\n    paper: {entry.paper}{knobs}")
+
+
+@app.command(epilog="**Example**\n\n    llmkd card runs/quickstart")
+def card(run: Annotated[Path, typer.Argument(help="Folder of a finished run.")]) -> None:
+    """Write RUN/README.md: the model card, with the results in its model-index. It replaces an earlier one."""
+    from llmkd.finished import read_run
+    from llmkd.hub.card import FILE, write_card
+
+    finished = read_run(run)
+    for warning in write_card(finished, run / FILE, finished.is_adapter):
+        _announce(f"warning: {warning}")
+    _announce(f"card: {run / FILE}")
+
+
+@app.command(epilog=PUSH_EXAMPLES)
+def push(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    repo: Annotated[str, typer.Argument(help="Repository on the Hub: owner/name.")],
+    private: Annotated[bool, typer.Option("--private", help="Only you and your organisation see it.")] = False,
+    merge: Annotated[bool, typer.Option("--merge", help="Send an adapter folded into its base model.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List every file and its size, send nothing.")] = False,
+) -> None:
+    """Put student, tokenizer, card and recipe on the Hub; the token is taken from HF_TOKEN alone."""
+    from llmkd.finished import read_run
+    from llmkd.hub import push as hub
+
+    uploads = hub.prepare(read_run(run), merge)
+    for upload in uploads:
+        _announce(f"{upload.size:>15,}  {upload.name}")
+    kind = "adapter" if any(upload.name == "adapter_config.json" for upload in uploads) else "whole model"
+    _announce(f"{sum(upload.size for upload in uploads):>15,}  bytes in {len(uploads)} files: {kind}")
+    _announce(f"dry run: nothing was sent to {repo}" if dry_run else f"pushed: {hub.push(uploads, repo, private)}")
 
 
 def _train(config: dict[str, Any], recipe: Path, resume: bool) -> None:

@@ -19,6 +19,7 @@ from llmkd.data.collate import Collator
 from llmkd.data.domains import prepare
 from llmkd.distributed import is_main, start_processes
 from llmkd.errors import ConfigError
+from llmkd.finished import read_metrics
 from llmkd.mixing import mix_domains
 from llmkd.plan import check
 from llmkd.sources import revisions
@@ -134,9 +135,7 @@ def _begin(folder: Path, config: Mapping[str, Any]) -> None:
         _write(folder / "config.yaml", recipes.dump(config))
 
 
-def _finish(
-    trainer: DistillTrainer, config: Mapping[str, Any], folder: Path, report: dict[str, int]
-) -> dict[str, Any]:
+def _finish(trainer: DistillTrainer, config: Mapping[str, Any], folder: Path, report: dict[str, int]) -> dict[str, Any]:
     """Final evaluation, export and metrics; metrics.json comes last, so that its `after` means all is there."""
     train_column = _train_column(trainer, report)
     final = trainer.evaluate() if trainer.eval_dataset is not None else {}
@@ -220,12 +219,6 @@ def forward_speed(model: Any, batch: Mapping[str, torch.Tensor], repeats: int = 
         out[0, 0, 0].item()  # wait for the device
         best = min(best, time.perf_counter() - started)
     return round(tokens / best, 1)
-
-
-def read_metrics(folder: Path) -> dict[str, Any]:
-    """metrics.json of a run, or {}."""
-    file = folder / "metrics.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def _counts(report: Mapping[str, int]) -> str:

@@ -26,10 +26,8 @@ def show(metrics: Mapping[str, Any], folder: Path, console: Console | None = Non
     table = Table(title=f"{folder.name}: held-out text")
     for name in ("", "student before", "student after", "teacher"):
         table.add_column(name, justify="right" if name else "left")
-    sizes = {"parameters": metrics["parameters"]}
-    columns = [{**sizes, **metrics["before"]}, {**sizes, **metrics["after"]}, metrics["teacher"]]
-    for label, key, form in ROWS:
-        table.add_row(label, *(_cell(column.get(key), form) for column in columns))
+    for line in lines(metrics):
+        table.add_row(*line)
     console.print(table)
     train = metrics["train"]
     console.print(
@@ -39,6 +37,13 @@ def show(metrics: Mapping[str, Any], folder: Path, console: Console | None = Non
     )
     console.print(f"run folder: {folder}", highlight=False, soft_wrap=True)
     console.print(f"next:\n  {next_command(folder)}", highlight=False, soft_wrap=True)
+
+
+def lines(metrics: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """A line a metric: its label, and what the student before and after and the teacher have."""
+    sizes = {"parameters": metrics["parameters"]}
+    columns = [{**sizes, **metrics["before"]}, {**sizes, **metrics["after"]}, metrics["teacher"]]
+    return [(label, *(_cell(column.get(key), form) for column in columns)) for label, key, form in ROWS]
 
 
 def next_command(folder: Path) -> str:

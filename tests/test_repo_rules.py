@@ -47,7 +47,7 @@ callbacks checkpoints mixing
 trainer
 stages
 build
-plan catalog sources token_view
+plan catalog sources token_view finished
 run table
 stages.runner stages.command
 evaluation
