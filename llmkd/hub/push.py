@@ -177,9 +177,13 @@ def push(uploads: list[Upload], repo: str, private: bool = False) -> str:
         raise ConfigError(
             f"--private: '{repo}' exists and is public; nothing was sent. Make it private in its settings."
         )
+    return _trying(lambda: _commit(api, uploads, repo), repo).commit_url
+
+
+def _commit(api: HfApi, uploads: list[Upload], repo: str) -> Any:
+    """One commit of what differs; asked anew each time, as a commit may have arrived though its answer was lost."""
     operations = [CommitOperationAdd(upload.name, upload.file) for upload in uploads]
-    done = _trying(lambda: api.create_commit(repo, operations, commit_message="Upload a distilled student"), repo)
-    return done.commit_url
+    return api.create_commit(repo, operations, commit_message="Upload a distilled student")
 
 
 def _check_name(repo: str) -> None:
@@ -215,15 +219,16 @@ def _passes(error: BaseException) -> bool:
 def _status(error: BaseException | None) -> int | None:
     """The HTTP status in a chain of errors."""
     while error is not None:
-        if isinstance(error, HfHubHTTPError) and error.response is not None:
-            return error.response.status_code
+        response = getattr(error, "response", None)
+        if isinstance(error, HfHubHTTPError) and response is not None:
+            return response.status_code
         error = error.__cause__
     return None
 
 
 def _lost(error: BaseException | None) -> bool:
     """Whether a connection failed, anywhere in a chain of errors: the HTTP library's errors share a base class."""
-    transport = HfHubHTTPError.__base__ or HfHubHTTPError
+    transport = HfHubHTTPError.__bases__[0]
     while error is not None:
         if isinstance(error, transport | ConnectionError | TimeoutError):
             return True

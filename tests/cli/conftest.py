@@ -80,3 +80,24 @@ def llmkd(monkeypatch, capsys, tmp_path) -> Callable[..., Result]:
 def server(tmp_path_factory) -> Server:
     """Runs `llmkd ...` in a process of its own, which a fault may kill."""
     return Server(tmp_path_factory.mktemp("commands"))
+
+
+@pytest.fixture(scope="session")
+def trained(server, models, tmp_path_factory) -> Path:
+    """The folder of a finished run with evaluations on the way; copy it before you change it."""
+    return _trained(server, models, tmp_path_factory.mktemp("trained"), eval_strategy="steps", eval_steps=5)
+
+
+@pytest.fixture(scope="session")
+def adapted(server, models, tmp_path_factory) -> Path:
+    """The folder of a finished run whose student is an adapter."""
+    return _trained(server, models, tmp_path_factory.mktemp("adapted"), {"r": 4, "target_modules": "all-linear"})
+
+
+def _trained(server: Server, models: Path, place: Path, peft: dict[str, Any] | None = None, **train: Any) -> Path:
+    config = copy.deepcopy(recipe_of(models)) | ({} if peft is None else {"peft": peft})
+    config["train"] |= {"output_dir": str(place / "run"), "num_train_epochs": 1, **train}
+    (place / "recipe.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    done = server("train", place / "recipe.yaml")
+    assert done.code == 0, done.err
+    return place / "run"
