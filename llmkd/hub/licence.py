@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
@@ -95,7 +96,10 @@ def _downloaded(name: str, revision: str | None) -> Path | None:
 
 
 def _of_card(file: Path) -> str | None:
-    data = ModelCard(file.read_text(errors="replace"), ignore_metadata_errors=True).data
+    try:
+        data = ModelCard(file.read_text(errors="replace"), ignore_metadata_errors=True).data
+    except (yaml.YAMLError, ValueError):  # a stranger's file
+        return None
     name = data.get("license_name") if data.get("license") == "other" else data.get("license")
     return str(name).lower() if isinstance(name, str) else None
 

@@ -141,7 +141,9 @@ def test_no_token(llmkd, hub, run, monkeypatch):
     assert not hub.calls
 
 
-@pytest.mark.parametrize(("status", "words"), [(403, "no permission to write to 'me/student' (403)"), (401, "HF_TOKEN")])
+@pytest.mark.parametrize(
+    ("status", "words"), [(403, "no permission to write to 'me/student' (403)"), (401, "HF_TOKEN")]
+)
 @pytest.mark.parametrize("endpoint", ["create", "preupload", "commit"])
 def test_a_repository_without_permission(llmkd, hub, run, endpoint, status, words):
     hub.faults = {endpoint: [status], "info": [status]}
