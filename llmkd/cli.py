@@ -218,6 +218,18 @@ def push(
     _announce(f"dry run: nothing was sent to {repo}" if dry_run else f"pushed: {hub.push(uploads, repo, private)}")
 
 
+@app.command(epilog="**Example**\n\n    llmkd report runs/quickstart runs/quickstart_ce -o compare.html")
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The page to write.")] = Path("report.html"),
+) -> None:
+    """Compare runs on one HTML page that needs no network: curves, quality, tokens, configurations."""
+    from llmkd.report.page import write_report
+
+    write_report(runs, out)
+    _announce(f"report: {out}")
+
+
 def _train(config: dict[str, Any], recipe: Path, resume: bool) -> None:
     from llmkd.distributed import is_main
     from llmkd.run import Stopped, folder_of

@@ -18,6 +18,8 @@ ROWS = (
     ("forward tokens/s", "tokens_per_second", "{:,.0f}"),
     ("peak memory (MB)", "peak_memory_mb", "{:,.0f}"),
 )
+COST = {"parameters", "tokens_per_second", "peak_memory_mb"}
+QUALITY = {key: label for label, key, _ in ROWS if key not in COST}
 
 
 def show(metrics: Mapping[str, Any], folder: Path, console: Console | None = None) -> None:
@@ -44,6 +46,25 @@ def lines(metrics: Mapping[str, Any]) -> list[tuple[str, ...]]:
     sizes = {"parameters": metrics["parameters"]}
     columns = [{**sizes, **metrics["before"]}, {**sizes, **metrics["after"]}, metrics["teacher"]]
     return [(label, *(_cell(column.get(key), form) for column in columns)) for label, key, form in ROWS]
+
+
+def evaluation_lines(evaluation: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """evaluation.json as a table: a head, then a line a metric of a task, a column a model."""
+    models = list(evaluation["models"])
+    lines = [("task", "version", "metric", *models)]
+    for name, task in evaluation["tasks"].items():
+        metrics = dict.fromkeys(metric for found in task["models"].values() for metric in found)
+        for metric in metrics:
+            cells = (_measured(task["models"].get(model, {}).get(metric)) for model in models)
+            lines.append((f"{name} (n = {task['n']:,})", str(task["version"]), metric, *cells))
+    return lines
+
+
+def _measured(found: Mapping[str, Any] | None) -> str:
+    if found is None or found["value"] is None:
+        return "-"
+    interval = found.get("interval")
+    return f"{found['value']:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
 
 
 def next_command(folder: Path) -> str:

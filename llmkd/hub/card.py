@@ -18,8 +18,6 @@ from llmkd.sources import is_hub_name
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 FILE = "README.md"
-MEASURED = {"kl": "KL to teacher", "top1_agreement": "top-1 agreement", "perplexity": "perplexity",
-            "bits_per_byte": "bits per byte", "accuracy": "accuracy"}  # fmt: skip
 SHOWN = ("objective", "divergence", "policy", "schedule")
 
 
@@ -52,7 +50,7 @@ def card(run: Run, licence: Inherited, adapter: bool = False) -> ModelCard:
         manifests=_manifests(run.config["data"]),
         training=_rows(_training(run.metrics)),
         results=_rows(table.lines(run.metrics)),
-        evaluation=_rows(evaluation_lines(run.evaluation)) if evaluated else [],
+        evaluation=_rows(table.evaluation_lines(run.evaluation)) if evaluated else [],
         recipe=recipes.dump(run.config).rstrip(),
         citations=bibtex(parts),
     )
@@ -79,7 +77,7 @@ def _data(run: Run, licence: Inherited, parts: list[Used], adapter: bool) -> Mod
 def _held_out(run: Run, classifies: bool) -> Iterable[EvalResult]:
     data = run.config["data"]
     source = data.get("eval") or data
-    for name, label in MEASURED.items():
+    for name, label in table.QUALITY.items():
         if run.metrics["after"].get(name) is not None:
             yield EvalResult(
                 task_type="text-classification" if classifies else "text-generation",
@@ -216,25 +214,6 @@ def _training(metrics: Mapping[str, Any]) -> Iterable[tuple]:
     yield "peak memory", f"{train['peak_memory_mb']:,.0f} MB"
     yield "seed", str(metrics["seed"])
     yield "versions", ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
-
-
-def evaluation_lines(evaluation: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """evaluation.json as a table: a head, then a line a metric of a task, a column a model."""
-    models = list(evaluation["models"])
-    lines = [("task", "version", "metric", *models)]
-    for name, task in evaluation["tasks"].items():
-        metrics = dict.fromkeys(metric for found in task["models"].values() for metric in found)
-        for metric in metrics:
-            cells = (_measured(task["models"].get(model, {}).get(metric)) for model in models)
-            lines.append((f"{name} (n = {task['n']:,})", str(task["version"]), metric, *cells))
-    return lines
-
-
-def _measured(found: Mapping[str, Any] | None) -> str:
-    if found is None or found["value"] is None:
-        return "-"
-    interval = found.get("interval")
-    return f"{found['value']:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
 
 
 def _rows(lines: Iterable[tuple]) -> list[list[str]]:

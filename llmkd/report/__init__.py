@@ -1,0 +1,1 @@
+"""Looking at runs side by side: one HTML page that needs nothing else."""
