@@ -11,7 +11,7 @@ from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def revisions(config: Mapping[str, Any]) -> dict[str, str]:
