@@ -7,6 +7,7 @@ import typer
 from benchmarks.docs import docs
 from benchmarks.head import head
 from benchmarks.quality import EXAMPLES, quality
+from benchmarks.picture import picture
 from benchmarks.quickstart import quickstart
 from benchmarks.refine import command as refining
 from llmkd.errors import LlmkdError
@@ -17,6 +18,7 @@ app.command()(docs)
 app.command()(head)
 app.command(epilog=EXAMPLES)(quality)
 app.command(epilog=refining.EXAMPLES)(refining.refine)
+app.command()(picture)
 
 
 @app.callback()
