@@ -6,8 +6,8 @@ import typer
 
 from benchmarks.docs import docs
 from benchmarks.head import head
-from benchmarks.quality import EXAMPLES, quality
 from benchmarks.picture import picture
+from benchmarks.quality import EXAMPLES, quality
 from benchmarks.quickstart import quickstart
 from benchmarks.refine import command as refining
 from llmkd.errors import LlmkdError

@@ -78,7 +78,7 @@ class FusedSum(torch.autograd.Function):
         grads: list[Tensor | None] | None = ctx.grads
         if grads is None:
             raise RuntimeError("this loss went backward before; expected retain_graph=True there. Add it.")
-        if torch._C._autograd._get_current_graph_task_keep_graph():  # another backward may follow
+        if torch._C._autograd._get_current_graph_task_keep_graph():  # type: ignore[attr-defined]  # another backward may follow
             grads = [None if grad is None else grad * grad_total for grad in grads]
         else:  # scaled in place and handed over: a copy of dW costs as much as a fifth of its GEMM
             ctx.grads = None

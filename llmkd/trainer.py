@@ -95,8 +95,7 @@ class DistillTrainer(Checkpoints, Trainer):
             self.teacher.prepare(self.accelerator)
         if getattr(self.data_collator, "packing", False):
             self._check_packing()
-        self._train_meter, self._step_meter = Meter(), Meter()
-        self._bad_step = torch.tensor(torch.inf)
+        self._train_meter, self._step_meter, self._bad_step = Meter(), Meter(), torch.tensor(torch.inf)
         self._last_log = time.perf_counter()
         self.train_sampler: Sampler | None = None  # of rows, instead of the default order; see `mixing`
         self.interrupt = Interrupt()

@@ -53,7 +53,7 @@ stages.runner stages.command
 evaluation
 smoke
 hub report
-cli
+usage cli
 __main__
 """.strip().splitlines()
 
