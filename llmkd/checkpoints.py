@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
+import torch
 import torch.distributed as dist
 from peft import PeftModel, set_peft_model_state_dict
 from peft.utils import load_peft_weights
@@ -18,6 +21,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from llmkd.adapters import unwrap
 from llmkd.disk import need_space, saving
 from llmkd.errors import ConfigError
+from llmkd.meters import Meter
 from llmkd.teachers.base import SelfTeacher, Teacher
 from llmkd.zero3 import gathered, size
 
@@ -32,6 +36,7 @@ MARK = "complete"
 OBJECTIVE_FILE = "objective.safetensors"
 STEP_STATE_FILE = "objective_steps.json"
 TEACHER_FILE = "teacher.safetensors"
+UNLOGGED_FILE = "unlogged.json"
 
 
 def complete_checkpoints(folder: str | Path) -> list[Path]:
@@ -45,6 +50,8 @@ class Checkpoints(Base):
 
     distiller: Distiller
     teacher: Teacher | None
+    _train_meter: Meter
+    _last_log: float
 
     def last_checkpoint(self) -> str | None:
         """The newest complete checkpoint of this run, or None."""
@@ -77,6 +84,7 @@ class Checkpoints(Base):
         if self.args.should_save:
             need_space(folder, self._checkpoint_bytes())
             (folder / MARK).unlink(missing_ok=True)
+        unlogged = self._unlogged()
         try:
             with saving(folder):
                 super()._save_checkpoint(model, trial)
@@ -89,9 +97,23 @@ class Checkpoints(Base):
             if isinstance(self.teacher, SelfTeacher):
                 with saving(folder):
                     safetensors.torch.save_file(self.teacher.state_dict(), folder / TEACHER_FILE)
+            (folder / UNLOGGED_FILE).write_text(json.dumps(unlogged))
             _mark(folder)
             best = self.state.best_model_checkpoint
             rotate_checkpoints(str(folder.parent), save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
+
+    def _unlogged(self) -> dict[str, float]:
+        """What was summed since the last log, over all ranks, and the seconds; it stays to be logged."""
+        sums = self._train_meter.totals()
+        self._put_back(sums)
+        return {**sums, "seconds": time.perf_counter() - self._last_log}
+
+    def _put_back(self, sums: Mapping[str, float]) -> None:
+        here = float(self.args.process_index == 0)  # each sum once, and its name on every rank
+        device = self.args.device
+        self._train_meter.add(
+            {name: torch.tensor(value * here, dtype=torch.float64, device=device) for name, value in sums.items()}
+        )
 
     def _checkpoint_bytes(self) -> int:
         """Weights, two moments for each trained one unless only the model is saved, and a self teacher's copies."""
@@ -139,6 +161,9 @@ class Checkpoints(Base):
             self.distiller.objective.load_step_state(json.loads(Path(checkpoint, STEP_STATE_FILE).read_text()))
             if isinstance(self.teacher, SelfTeacher):
                 self.teacher.load_state_dict(_copies(Path(checkpoint, TEACHER_FILE)))
+            unlogged = json.loads(Path(checkpoint, UNLOGGED_FILE).read_text())
+            self._last_log -= unlogged.pop("seconds")
+            self._put_back(unlogged)
 
     def _load_best_model(self) -> None:
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:

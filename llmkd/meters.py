@@ -33,9 +33,7 @@ class Meter:
 
 
 def passed(history: Sequence[Mapping[str, float]], tokens: float, seconds: float) -> dict[str, float]:
-    """Tokens trained on and wall seconds since the run began: those of the last entry, and what came since.
-
-    An interrupted run goes on from its checkpoint's entries; what lay between the last one and the checkpoint is not counted.
-    """
+    """`tokens_seen` in training and wall `seconds` since the run began: those of the last entry, and what came since."""
     last = next((entry for entry in reversed(history) if "seconds" in entry), {})
-    return {"tokens": last.get("tokens", 0) + int(tokens), "seconds": round(last.get("seconds", 0.0) + seconds, 3)}
+    seen = last.get("tokens_seen", 0) + int(tokens)
+    return {"tokens_seen": seen, "seconds": round(last.get("seconds", 0.0) + seconds, 3)}

@@ -187,7 +187,7 @@ def _train_column(trainer: DistillTrainer, report: dict[str, int]) -> dict[str, 
     return {
         "loss": logs[-1]["loss"] if logs else None,
         "steps": trainer.state.global_step,
-        "tokens": history[-1]["tokens"],
+        "tokens": history[-1]["tokens_seen"],
         "seconds": round(history[-1]["seconds"], 1),
         "tokens_per_second": round(sum(speeds) / len(speeds), 1) if speeds else None,
         "peak_memory_mb": peak_memory_mb(),

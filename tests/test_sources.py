@@ -66,6 +66,6 @@ def test_names(path, expected, monkeypatch, tmp_path):
 
 
 def test_progress_adds_to_the_last_entry():
-    assert passed([], 0.0, 1.0) == {"tokens": 0, "seconds": 1.0}
+    assert passed([], 0.0, 1.0) == {"tokens_seen": 0, "seconds": 1.0}
     history = [{"loss": 1.0, **passed([], 10.0, 1.0)}, {"note": 1.0}]
-    assert passed(history, 5.0, 0.25) == {"tokens": 15, "seconds": 1.25}
+    assert passed(history, 5.0, 0.25) == {"tokens_seen": 15, "seconds": 1.25}

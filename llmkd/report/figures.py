@@ -14,7 +14,7 @@ INSTALL = "pip install 'llmkd[report]'"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999933")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 DOMAIN = re.compile(r"domain/(.+)/r")
-NO_CURVE = re.compile(r"(step|epoch|tokens|seconds|total_flos|train_.*|eval_.*|domain/.*)")
+NO_CURVE = re.compile(r"(step|epoch|tokens_seen|seconds|total_flos|train_.*|eval_.*|domain/.*)")
 LOGARITHMIC = {"perplexity"}
 FIRST = ("loss", "learning_rate")
 Named = Mapping[str, Run]  # label -> run, in the order of the page
@@ -32,7 +32,7 @@ def quality(runs: Named) -> dict[str, Any]:
     """Two figures a held-out metric: over tokens trained on, and over wall time."""
     made = {}
     for name, label in table.QUALITY.items():
-        for axis, title in (("tokens", "tokens trained on"), ("seconds", "wall time, s")):
+        for axis, title in (("tokens_seen", "tokens trained on"), ("seconds", "wall time, s")):
             if any(f"eval_{name}" in entry for run in runs.values() for entry in run.history):
                 made[f"{label} over {title}"] = _lines(runs, axis, f"eval_{name}", title)
     return made

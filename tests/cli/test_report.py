@@ -128,7 +128,7 @@ def test_its_curves_are_the_logged_values(runs):
 def test_quality_is_drawn_over_tokens_and_over_wall_time(runs):
     made = figures.quality(named([read_run(folder) for folder in runs]))
     history = [entry for entry in json.loads((runs[0] / "history.json").read_text()) if "eval_kl" in entry]
-    for axis, title in (("tokens", "tokens trained on"), ("seconds", "wall time, s")):
+    for axis, title in (("tokens_seen", "tokens trained on"), ("seconds", "wall time, s")):
         line = made[f"KL to teacher (nats/token) over {title}"].data[0]
         last = {entry[axis]: entry["eval_kl"] for entry in history}
         assert dict(zip(line.x, line.y, strict=True)) == last

@@ -23,7 +23,8 @@ def outcome(run: Path) -> dict[str, Any]:
     weights = {file.name: file.read_bytes() for file in (run / "student").glob("*.safetensors")}
     assert weights
     kept = {part: {key: metrics[part].get(key) for key in SAME} for part in ("before", "after", "teacher")}
-    return {"weights": weights, **kept, "steps": metrics["train"]["steps"], "data": metrics["train"]["data"]}
+    counted = {key: metrics["train"][key] for key in ("steps", "tokens", "data")}
+    return {"weights": weights, **kept, **counted}
 
 
 def steps(run: Path) -> list[int]:

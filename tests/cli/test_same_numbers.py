@@ -68,6 +68,6 @@ def test_training_is_told_alike(told):
     assert f"| steps | {train['steps']:,} |" in card.text
     assert f"| tokens trained on | {train['tokens']:,} |" in card.text
     assert scalars["train/loss"][-1].value == pytest.approx(train["loss"], rel=1e-6)
-    assert scalars["eval/tokens" if "eval/tokens" in scalars else "train/tokens"][-1].value == train["tokens"]
+    assert scalars["train/tokens_seen"][-1].value == train["tokens"]
     assert json.loads(page.json)["run"]["metrics"]["train"] == train
     assert re.search(rf"{train['steps']:,} steps, ", Path(run.parent / "report.html").read_text())
