@@ -10,6 +10,7 @@ from benchmarks.picture import picture
 from benchmarks.quality import EXAMPLES, quality
 from benchmarks.quickstart import quickstart
 from benchmarks.refine import command as refining
+from benchmarks.step import step
 from llmkd.errors import LlmkdError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -19,6 +20,7 @@ app.command()(head)
 app.command(epilog=EXAMPLES)(quality)
 app.command(epilog=refining.EXAMPLES)(refining.refine)
 app.command()(picture)
+app.command()(step)
 
 
 @app.callback()

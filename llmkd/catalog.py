@@ -1,14 +1,20 @@
-"""The tables, read from docstrings: what `llmkd list` prints and README's method table is made of."""
+"""The tables, read from source: what `llmkd list` prints and README's method table is made of.
+
+Tables are literals, so that their entries' docstrings can be read without importing torch.
+"""
 
 from __future__ import annotations
 
-import inspect
+import ast
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 KINDS = ("divergence", "objective", "policy", "schedule", "reweighting", "teacher", "model", "stage", "score")
 METHODS = ("divergence", "objective", "policy", "schedule", "reweighting", "stage", "score")
+HOMES = ("llmkd.build", "llmkd.stages")
 PAPER = re.compile(r"^Reference: (.+?)\.?$", re.MULTILINE)
 FIDELITY = re.compile(r"^Fidelity: (.+?)\.?$", re.MULTILINE)
 
@@ -25,19 +31,57 @@ class Entry:
     knobs: str
 
 
+@dataclass(frozen=True)
+class Definition:
+    """What a name stands for: a class, a function or an assignment, and the module that it is in."""
+
+    module: str
+    node: ast.stmt
+
+
 def entries(kind: str | None = None) -> list[Entry]:
     """Every entry of every table, or of one."""
     return list(_entries(kind))
 
 
 def _entries(kind: str | None) -> Iterator[Entry]:
-    from llmkd.build import TABLES
-
+    tables = {kind: table for home in HOMES for kind, table in _items(_find(home, "TABLES"))}
     for table in KINDS if kind is None else (kind,):
-        for name, target in TABLES[table].items():
-            text = inspect.getdoc(target) or ""
+        for name, target in _items(tables[table]):
+            text = ast.get_docstring(target.node) or ""  # type: ignore[arg-type]
             formula = " ".join(text.split("\n\n")[0].split())
             yield Entry(table, name, formula, _field(PAPER, text), _field(FIDELITY, text), _knobs(target))
+
+
+@cache
+def _source(module: str) -> ast.Module:
+    place = Path(__file__).parent.joinpath(*module.split(".")[1:])
+    file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+def _find(module: str, name: str) -> Definition:
+    """The definition of a name of one of llmkd's modules, through its imports."""
+    for node in _source(module).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
+            return Definition(module, node)
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
+        if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+            return Definition(module, node)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("llmkd"):
+            for alias in node.names:
+                if name == (alias.asname or alias.name):
+                    return _find(str(node.module), alias.name)
+    raise LookupError(f"{module}: got no definition of '{name}'; expected one at the top level. Write it there.")
+
+
+def _items(table: Definition) -> Iterator[tuple[str, Definition]]:
+    """The entries of a table: `{"name": NAME}`, a literal."""
+    value = table.node.value  # type: ignore[attr-defined]
+    for key, entry in zip(value.keys, value.values, strict=True):
+        yield ast.literal_eval(key), _find(table.module, entry.id)
 
 
 def _field(pattern: re.Pattern[str], text: str) -> str:
@@ -45,10 +89,44 @@ def _field(pattern: re.Pattern[str], text: str) -> str:
     return found.group(1) if found else ""
 
 
-def _knobs(target: Callable) -> str:
-    parameters = inspect.signature(target).parameters.values()
-    shown = (p for p in parameters if p.default is not p.empty and p.default is not None)
-    return ", ".join(f"{p.name}={getattr(p.default, '__name__', repr(p.default))}" for p in shown)
+def _knobs(target: Definition) -> str:
+    """Every parameter with a default that is not None, and the default."""
+    made = _maker(target)
+    if made is None:
+        return ""
+    arguments = made.node.args  # type: ignore[attr-defined]
+    plain = [*arguments.posonlyargs, *arguments.args]
+    given = [*zip(plain[len(plain) - len(arguments.defaults) :], arguments.defaults, strict=True)]
+    given += [*zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)]
+    shown = ((one.arg, _default(made.module, default)) for one, default in given if default is not None)
+    return ", ".join(f"{name}={default}" for name, default in shown if default != "None")
+
+
+def _maker(target: Definition) -> Definition | None:
+    """The function that takes the knobs: itself, or a class's `__init__`, perhaps inherited."""
+    if isinstance(target.node, ast.FunctionDef):
+        return target
+    assert isinstance(target.node, ast.ClassDef)
+    own = (node for node in target.node.body if isinstance(node, ast.FunctionDef) and node.name == "__init__")
+    found = next(own, None)
+    if found is not None:
+        return Definition(target.module, found)
+    for base in target.node.bases:
+        try:
+            return _maker(_find(target.module, ast.unparse(base)))
+        except LookupError:  # a class of another package
+            continue
+    return None
+
+
+def _default(module: str, value: ast.expr) -> str:
+    """The default as Python shows it; a function or class by its name."""
+    if isinstance(value, ast.Name):
+        node = _find(module, value.id).node
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            return node.name
+        value = node.value  # type: ignore[attr-defined]
+    return repr(ast.literal_eval(value))
 
 
 COLUMNS: dict[str, Callable[[Entry], str]] = {

@@ -270,6 +270,7 @@ def _checked(args: TrainingArguments) -> TrainingArguments:
     if args.label_smoothing_factor:
         raise ConfigError("train.label_smoothing_factor has no effect on an objective. Remove it.")
     args.remove_unused_columns = False
+    args.logging_nan_inf_filter = False  # it reads the loss on the host each micro-step; `stop_unless_finite` says more
     if args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = False
     return args

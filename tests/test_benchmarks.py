@@ -8,7 +8,7 @@ import pytest
 import torch
 import typer
 
-from benchmarks import record
+from benchmarks import record, samples, trainers
 from benchmarks.measure import extra_memory, interleave
 
 
@@ -53,3 +53,16 @@ def test_against_exits_with_one_if_a_ratio_fell_or_nothing_is_in_common(tmp_path
     written = json.loads(file.read_text())
     assert written["repeats"] == 3
     assert {"versions", "device", "commit", "threads"} <= set(written)
+
+
+def test_every_method_trains_on_the_same_batches(make_model, tokenizer, tmp_path):
+    rows = samples.samples(tokenizer, count=40)
+    assert all(len(row["input_ids"]) == len(row["labels"]) <= samples.LIMIT for row in rows)
+    shuffled, grouped = (samples.batches(rows, 4, 2, grouped) for grouped in (False, True))
+    assert samples.shape(grouped)["padding"] < samples.shape(shuffled)["padding"]
+    setting = trainers.Setting(
+        make_model(vocab_size=259), make_model(seed=9, vocab_size=259), tokenizer, tmp_path, {"learning_rate": 1e-3}
+    )
+    losses = {name: method(setting, grouped)() for name, method in trainers.METHODS.items()}
+    assert losses["llmkd"] == pytest.approx(losses["gkd"], rel=1e-5)
+    assert losses["sft"] > 1

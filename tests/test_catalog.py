@@ -37,6 +37,15 @@ def test_every_entry_of_every_table_is_listed():
     assert {entry.kind for entry in catalog.entries("divergence")} == {"divergence"}
 
 
+@pytest.mark.parametrize("entry", ENTRIES, ids=[f"{entry.kind}-{entry.name}" for entry in ENTRIES])
+def test_what_is_read_from_source_is_what_python_says(entry):
+    target = TABLES[entry.kind][entry.name]
+    parameters = inspect.signature(target).parameters.values()
+    shown = [p for p in parameters if p.default is not p.empty and p.default is not None]
+    assert entry.knobs == ", ".join(f"{p.name}={getattr(p.default, '__name__', repr(p.default))}" for p in shown)
+    assert " ".join((inspect.getdoc(target) or "").split()).startswith(entry.formula)
+
+
 def test_a_field_is_read_to_its_end():
     jsd = next(entry for entry in ENTRIES if entry.name == "jsd")
     assert jsd.formula.startswith("JSD_b(p, q) = b KL(p || m)")

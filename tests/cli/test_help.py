@@ -13,22 +13,32 @@ from llmkd.build import TABLES
 
 CHECK = """
 import sys
-sys.argv = ["llmkd", "train", "--help"]
 from llmkd.cli import main
 try:
     main()
 except SystemExit as ended:
-    heavy = {"torch", "transformers", "datasets", "trl"} & set(sys.modules)
+    heavy = {"torch", "transformers", "datasets", "trl", "numpy"} & set(sys.modules)
     sys.exit(f"imported {heavy}" if heavy else ended.code)
 """
 
 
-def test_help_is_quick_and_has_examples():
+def without_torch(*words: str) -> str:
+    """What a command prints that imports nothing heavy."""
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "COLUMNS": "120"}
-    done = subprocess.run([sys.executable, "-c", CHECK], env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", CHECK, *words], env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("words", [("--help",), ("list", "--help"), ("list",), ("list", "--markdown")])
+def test_help_and_list_import_no_torch(words):
+    assert without_torch(*words)
+
+
+def test_help_is_quick_and_has_examples():
+    shown = without_torch("train", "--help")
     for words in ("llmkd train recipes/quickstart.yaml", "accelerate launch", "--resume", "--dry-run", "--smoke"):
-        assert words in done.stdout
+        assert words in shown
 
 
 @pytest.mark.parametrize("words", [(), ("--help",), ("list", "--help")])
