@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 KINDS = ("divergence", "objective", "policy", "schedule", "reweighting", "teacher", "model", "stage", "score")
 METHODS = ("divergence", "objective", "policy", "schedule", "reweighting", "stage", "score")
-HOMES = ("llmkd.build", "llmkd.stages")
 PAPER = re.compile(r"^Reference: (.+?)\.?$", re.MULTILINE)
 FIDELITY = re.compile(r"^Fidelity: (.+?)\.?$", re.MULTILINE)
 
@@ -45,7 +45,7 @@ def entries(kind: str | None = None) -> list[Entry]:
 
 
 def _entries(kind: str | None) -> Iterator[Entry]:
-    tables = {kind: table for home in HOMES for kind, table in _items(_find(home, "TABLES"))}
+    tables = dict(_items(_find("llmkd.build", "TABLES")))
     for table in KINDS if kind is None else (kind,):
         for name, target in _items(tables[table]):
             text = ast.get_docstring(target.node) or ""  # type: ignore[arg-type]
@@ -91,15 +91,29 @@ def _field(pattern: re.Pattern[str], text: str) -> str:
 
 def _knobs(target: Definition) -> str:
     """Every parameter with a default that is not None, and the default."""
-    made = _maker(target)
-    if made is None:
-        return ""
-    arguments = made.node.args  # type: ignore[attr-defined]
-    plain = [*arguments.posonlyargs, *arguments.args]
-    given = [*zip(plain[len(plain) - len(arguments.defaults) :], arguments.defaults, strict=True)]
-    given += [*zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)]
-    shown = ((one.arg, _default(made.module, default)) for one, default in given if default is not None)
+    if _is_dataclass(target.node):
+        module, given = target.module, _fields(target.node)
+    else:
+        made = _maker(target)
+        module, given = (made.module, _arguments(made.node)) if made else ("", [])
+    shown = ((name, _default(module, default)) for name, default in given if default is not None)
     return ", ".join(f"{name}={default}" for name, default in shown if default != "None")
+
+
+def _is_dataclass(node: ast.stmt) -> bool:
+    return isinstance(node, ast.ClassDef) and any("dataclass" in ast.unparse(mark) for mark in node.decorator_list)
+
+
+def _fields(node: Any) -> list[tuple[str, ast.expr | None]]:
+    return [(one.target.id, one.value) for one in node.body if isinstance(one, ast.AnnAssign)]  # type: ignore[union-attr]
+
+
+def _arguments(node: Any) -> list[tuple[str, ast.expr | None]]:
+    arguments = node.args
+    plain = [*arguments.posonlyargs, *arguments.args]
+    pairs = [*zip(plain[len(plain) - len(arguments.defaults) :], arguments.defaults, strict=True)]
+    pairs += [*zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)]
+    return [(one.arg, default) for one, default in pairs]
 
 
 def _maker(target: Definition) -> Definition | None:
