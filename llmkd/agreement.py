@@ -36,6 +36,20 @@ def measure_classes(
     return _sums(student, teacher, labels, {"accuracy": _right})
 
 
+def measure_values(student: DenseRows, teacher: DenseRows | None, labels: Tensor) -> dict[str, Tensor]:
+    """Sums over the n labelled examples of a regression, no gradient.
+
+    Returns:
+        mse: (s - y)^2. With a teacher also mse_to_teacher: (s - t)^2, and teacher_mse: (t - y)^2.
+    """
+    ours = student.values.detach().double().squeeze(-1)
+    sums = {"mse": (ours - labels).square().sum()}
+    if teacher is not None:
+        theirs = teacher.values.detach().double().squeeze(-1)
+        sums |= {"mse_to_teacher": (ours - theirs).square().sum(), "teacher_mse": (theirs - labels).square().sum()}
+    return sums
+
+
 def _sums(
     student: DenseRows | HeadRows,
     teacher: DenseRows | HeadRows | TopKRows | None,

@@ -69,11 +69,15 @@ def parts(config: Mapping[str, Any]) -> Parts:
     goal = objective(config["objective"])
     _check_spans(goal, config)
     mixture = reweighting(config)
-    peft_config = peft(config.get("peft"))
+    peft_config = peft(config.get("peft"), "SEQ_CLS" if _has_labels(config) else "CAUSAL_LM")
     model_spec, teacher_spec = _spec(config["model"], "pretrained"), _spec(config.get("teacher"), "local")
     teacher = recipes.build("teacher", teacher_spec, TABLES) if teacher_spec else None
     model = recipes.build("model", model_spec, TABLES, teacher_model=getattr(teacher, "model", None))
     return Parts(model, teacher, goal, tokenizer(config), peft_config, mixture)
+
+
+def _has_labels(config: Mapping[str, Any]) -> bool:
+    return "label" in ((config.get("data") or {}).get("columns") or {})
 
 
 def _check_spans(goal: Objective, config: Mapping[str, Any]) -> None:
@@ -122,14 +126,14 @@ def has_own_code(config: Mapping[str, Any]) -> bool:
     return any(":" in str(spec["name"]) for spec in specs if spec)
 
 
-def peft(block: Mapping[str, Any] | None) -> Any:
+def peft(block: Mapping[str, Any] | None, task_type: str = "CAUSAL_LM") -> Any:
     """The `peft:` block, verbatim LoraConfig; `merge` is llmkd's and handled at export."""
     if block is None:
         return None
     from peft import LoraConfig
 
     options = {key: value for key, value in block.items() if key != "merge"}
-    return recipes.build("peft", {"name": "lora", "task_type": "CAUSAL_LM", **options}, {"peft": {"lora": LoraConfig}})
+    return recipes.build("peft", {"name": "lora", "task_type": task_type, **options}, {"peft": {"lora": LoraConfig}})
 
 
 def _spec(spec: Any, default: str) -> Any:

@@ -88,7 +88,7 @@ def stage(
 
 @app.command(epilog=EVALUATE_EXAMPLES)
 def evaluate(
-    target: Annotated[str, typer.Argument(help="A run folder, a model's folder or a Hub name.")],
+    targets: Annotated[list[str], typer.Argument(help="Run folders, models' folders or Hub names.")],
     tasks: Annotated[str, typer.Option(help="lm-eval's tasks, groups and tags, and llmkd's: aime24,aime25,stsb.")] = "",
     baseline: Annotated[
         str | None, typer.Option(help="Models to compare with: start, teacher, names; of a run both if left out.")
@@ -113,7 +113,7 @@ def evaluate(
     from llmkd.evaluation import command
 
     _quiet()
-    options = command.Options(target, tasks, baseline, data, limit, backend, batch_size, max_tokens, repeats, seed,
+    options = command.Options(targets, tasks, baseline, data, limit, backend, batch_size, max_tokens, repeats, seed,
                               chat_template)  # fmt: skip
     try:
         command.run(options, _announce)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmkd.adapters import adapter_of, unwrap
+from llmkd.adapters import adapter_of, check_takes, unwrap
 from llmkd.objectives.base import Objective
 from llmkd.types import Loss, Outputs, row_labels
 from llmkd.zero3 import announce, take_in
@@ -30,6 +30,7 @@ class Distiller(nn.Module):
         self.student = student
         self.objective = objective
         self.adapter = adapter_of(student)
+        check_takes(self.adapter, objective.takes)
         self.agreement = Agreement(self.adapter.measure)
         self.vocab_size = vocab_size
 

@@ -10,7 +10,7 @@ import torch
 
 from llmkd import build
 from llmkd import config as recipes
-from llmkd.adapters import adapter_of
+from llmkd.adapters import adapter_of, check_takes
 from llmkd.data.domains import prepare
 from llmkd.distributed import start_processes
 from llmkd.errors import ConfigError
@@ -63,12 +63,22 @@ def check(config: Mapping[str, Any]) -> tuple[build.Parts, Any]:
     _call_once(parts.objective)
     check_needs(parts.objective, parts.teacher)
     adapter = adapter_of(student)
-    if adapter.unit != "token":
-        raise ConfigError(
-            "model: got a classifier; expected a causal LM: a recipe's data are texts. Use llmkd.DistillTrainer in Python."
-        )
+    check_takes(adapter, parts.objective.takes)
+    _check_rows(build.data_spec(config).is_text, adapter.unit)
     adapter.columns(student, parts.teacher, parts.tokenizer)
     return parts, student
+
+
+def _check_rows(are_text: bool, unit: str) -> None:
+    """Raise a ConfigError unless the rows are what such a model learns from."""
+    if are_text and unit == "example":
+        raise ConfigError(
+            "data.columns: got no label for a classifier; expected one, as {text: sentence, label: label}. Name its column."
+        )
+    if not are_text and unit == "token":
+        raise ConfigError(
+            "data.columns: got a label for a causal LM; expected a classifier or a regression. Set model.num_labels."
+        )
 
 
 def _call_once(goal: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import time
@@ -14,9 +15,11 @@ from transformers import set_seed
 
 from llmkd import build, zero3
 from llmkd import config as recipes
+from llmkd.adapters import adapter_of, unwrap
 from llmkd.checkpoints import complete_checkpoints
 from llmkd.data.collate import Collator
 from llmkd.data.domains import prepare
+from llmkd.data.examples import check_labels
 from llmkd.distributed import is_main, start_processes
 from llmkd.errors import ConfigError
 from llmkd.finished import read_metrics
@@ -28,7 +31,10 @@ from llmkd.trainer import DistillTrainer
 from llmkd.versions import commit, device, peak_memory_mb, versions
 from llmkd.weights import reading_once, standing_in
 
-MEASURED = ("kl", "top1_agreement", "perplexity", "bits_per_byte", "peak_memory_mb")
+MEASURED = {
+    "token": ("kl", "top1_agreement", "perplexity", "bits_per_byte", "peak_memory_mb"),
+    "example": ("kl", "top1_agreement", "accuracy", "mse_to_teacher", "mse", "peak_memory_mb"),
+}
 MAY_CHANGE = {"save_steps", "save_total_limit", "logging_steps", "report_to", "disable_tqdm", "run_name", "output_dir"}
 
 
@@ -106,6 +112,10 @@ def train(config: Mapping[str, Any], folder: Path, resume: bool = False, announc
         announce(f"data: {_counts(data.report)}")
         set_seed(args.seed)  # before random parts are made: adapters, projectors
         built = build.parts(config)
+    if not spec.is_text:
+        for name, part in (("data", data.train), ("data.eval", data.eval)):
+            if part is not None:
+                check_labels(part, adapter_of(built.model).width(built.model), name)
     _begin(folder, config)
     args.eval_on_start = data.eval is not None and not checkpoints
     trainer = DistillTrainer(
@@ -117,7 +127,7 @@ def train(config: Mapping[str, Any], folder: Path, resume: bool = False, announc
         eval_dataset=data.eval,
         processing_class=built.tokenizer,
         peft_config=built.peft_config,
-        data_collator=Collator(built.tokenizer.pad_token_id, packing=spec.packing),
+        data_collator=Collator(built.tokenizer.pad_token_id, packing=spec.packing) if spec.is_text else None,
     )
     if built.reweighting is not None:
         mix_domains(trainer, built.reweighting, folder)
@@ -145,8 +155,8 @@ def _finish(trainer: DistillTrainer, config: Mapping[str, Any], folder: Path, re
     speed = _speed(trainer)
     student = trainer.distiller.student
     metrics = {
-        "before": _measured(start, "eval_", speed["student"]),
-        "after": _measured(final, "eval_", speed["student"]),
+        "before": _measured(trainer, start, speed["student"]),
+        "after": _measured(trainer, final, speed["student"]),
         "teacher": _teacher_column(trainer, final, speed["teacher"]),
         "train": train_column,
         "revisions": revisions(config),
@@ -166,8 +176,9 @@ def _finish(trainer: DistillTrainer, config: Mapping[str, Any], folder: Path, re
     return metrics
 
 
-def _measured(logs: Mapping[str, float], prefix: str, speed: float | None) -> dict[str, float | None]:
-    values = {name: logs.get(f"{prefix}{name}") for name in MEASURED}
+def _measured(trainer: DistillTrainer, logs: Mapping[str, float], speed: float | None) -> dict[str, float | None]:
+    unit = trainer.distiller.adapter.unit
+    values = {name: logs.get(f"eval_{name}") for name in MEASURED[unit] if unit == "token" or f"eval_{name}" in logs}
     return {**values, "tokens_per_second": speed}
 
 
@@ -175,9 +186,12 @@ def _teacher_column(trainer: DistillTrainer, final: Mapping[str, float], speed: 
     model = getattr(trainer.teacher, "model", None)
     if model is None:
         return {}
-    values = {name: final.get(f"eval_teacher_{name}") for name in ("perplexity", "bits_per_byte")}
+    unit = trainer.distiller.adapter.unit
+    named = {"token": ("perplexity", "bits_per_byte"), "example": ("accuracy", "mse")}[unit]
+    values = {name: final.get(f"eval_teacher_{name}") for name in named}
+    same = {"kl": 0.0, "top1_agreement": 1.0} if "eval_mse" not in final else {"mse_to_teacher": 0.0}
     size = sum(zero3.size(p) for p in model.parameters())
-    return {"kl": 0.0, "top1_agreement": 1.0, **values, "tokens_per_second": speed, "parameters": size}
+    return {**same, **values, "tokens_per_second": speed, "parameters": size}
 
 
 def _train_column(trainer: DistillTrainer, report: dict[str, int]) -> dict[str, Any]:
@@ -211,12 +225,13 @@ def forward_speed(model: Any, batch: Mapping[str, torch.Tensor], repeats: int = 
     """Tokens a second of the model's own forward pass with all logits, on up to 8 rows; the best of `repeats`."""
     inputs = {name: batch[name][:8] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
     tokens = int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else inputs["input_ids"].numel()
+    cacheless = {"use_cache": False} if "use_cache" in inspect.signature(unwrap(model).forward).parameters else {}
     model.eval()
     best = float("inf")
     for _ in range(repeats + 1):  # the first is a warm-up that the best of the rest never loses to
         started = time.perf_counter()
-        out = model(**inputs, use_cache=False).logits
-        out[0, 0, 0].item()  # wait for the device
+        out = model(**inputs, **cacheless).logits
+        out.flatten()[0].item()  # wait for the device
         best = min(best, time.perf_counter() - started)
     return round(tokens / best, 1)
 

@@ -32,7 +32,7 @@ def smoke(config: Mapping[str, Any], announce: Any = print) -> dict[str, Any]:
         small["reweighting"] = {**plain, "interval": 1}
     with tempfile.TemporaryDirectory() as folder:
         small["data"] = _small_data(build.data_spec(config), Path(folder))
-        with stand_in("smoke", _layers(config["model"])):
+        with stand_in("smoke", _layers(config["model"]), _labels(config)):
             return train(small, Path(folder) / "run", announce=announce)
 
 
@@ -40,6 +40,14 @@ def _layers(model: Any) -> int:
     """Layers that tiny models need, so that those a recipe keeps exist."""
     layers = model.get("layers") if isinstance(model, Mapping) else None
     return max(layers) + 1 if isinstance(layers, list) and layers else layers if isinstance(layers, int) else 2
+
+
+def _labels(config: Mapping[str, Any]) -> int | None:
+    """Classes of tiny models: those of the recipe, 2 where its data have labels and nobody says how many."""
+    if build.data_spec(config).is_text:
+        return None
+    model = config["model"]
+    return (model.get("num_labels") if isinstance(model, Mapping) else None) or 2
 
 
 def _small_data(spec: DataSpec, folder: Path) -> dict[str, Any]:
@@ -51,15 +59,18 @@ def _small_data(spec: DataSpec, folder: Path) -> dict[str, Any]:
     if ":" in str(spec.path) or Path(str(spec.path)).exists():
         local = spec.model_dump(include={"path", "split", "columns"}, exclude_defaults=True)
         return {**local, **kept, "max_samples": 8, "held_out_every": 4, "max_eval_samples": 4}
-    return {"path": _write(folder / "rows.jsonl", spec), **kept, "held_out_every": 4, "max_eval_samples": 4}
+    columns = {} if spec.is_text else {"columns": {name: name for name in spec.columns}}
+    return {"path": _write(folder / "rows.jsonl", spec), **kept, **columns, "held_out_every": 4, "max_eval_samples": 4}
 
 
 def _write(file: Path, spec: DataSpec) -> str:
-    file.write_text("".join(json.dumps(_made_up(spec)) + "\n" for _ in range(8)))
+    file.write_text("".join(json.dumps(_made_up(spec, row)) + "\n" for row in range(8)))
     return str(file)
 
 
-def _made_up(spec: DataSpec) -> dict[str, Any]:
+def _made_up(spec: DataSpec, row: int) -> dict[str, Any]:
+    if not spec.is_text:
+        return {**dict.fromkeys(spec.columns, SMOKE_TEXT), "label": row % 2}
     if "messages" in spec.columns:
         return {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": SMOKE_TEXT}]}
     if "prompt" in spec.columns:

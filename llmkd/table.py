@@ -12,6 +12,9 @@ from rich.table import Table
 ROWS = (
     ("KL to teacher (nats/token)", "kl", "{:.3f}"),
     ("top-1 agreement", "top1_agreement", "{:.1%}"),
+    ("accuracy", "accuracy", "{:.1%}"),
+    ("squared distance to teacher", "mse_to_teacher", "{:.4f}"),
+    ("mean squared error", "mse", "{:.4f}"),
     ("perplexity", "perplexity", "{:,.1f}"),
     ("bits per byte", "bits_per_byte", "{:.3f}"),
     ("parameters", "parameters", "{:,.0f}"),
@@ -38,14 +41,19 @@ def show(metrics: Mapping[str, Any], folder: Path, console: Console | None = Non
         highlight=False,
     )
     console.print(f"run folder: {folder}", highlight=False, soft_wrap=True)
-    console.print(f"next:\n  {next_command(folder)}", highlight=False, soft_wrap=True)
+    command = next_command(folder) if "perplexity" in metrics["after"] else f"llmkd evaluate {folder}"
+    console.print(f"next:\n  {command}", highlight=False, soft_wrap=True)
 
 
 def lines(metrics: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """A line a metric: its label, and what the student before and after and the teacher have."""
     sizes = {"parameters": metrics["parameters"]}
     columns = [{**sizes, **metrics["before"]}, {**sizes, **metrics["after"]}, metrics["teacher"]]
-    return [(label, *(_cell(column.get(key), form) for column in columns)) for label, key, form in ROWS]
+    return [
+        (label, *(_cell(column.get(key), form) for column in columns))
+        for label, key, form in ROWS
+        if any(key in column for column in columns)
+    ]
 
 
 def evaluation_lines(evaluation: Mapping[str, Any]) -> list[tuple[str, ...]]:

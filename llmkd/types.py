@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 Batch = Mapping[str, Tensor]
 """input_ids, attention_mask, position_ids [B, T]; labels with -100 = not supervised.
 
-labels [B, T] are tokens, never one at position 0: a row predicts the next token. labels [B] are classes: a row an example.
+labels [B, T] are tokens, never one at position 0: a row predicts the next token. labels [B] are classes, or values of a
+regression: a row an example.
 """
 
 Loss = dict[str, Tensor]
@@ -26,6 +27,13 @@ Loss = dict[str, Tensor]
 
 A plain dict of tensors, because ZeRO-3's hooks look into dicts and tuples only.
 """
+
+
+class Kind(StrEnum):
+    """What a row of a model is: a distribution over events, given by its logits, or one value."""
+
+    DISTRIBUTION = "distribution"
+    VALUE = "value"
 
 
 class Signal(StrEnum):

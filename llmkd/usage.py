@@ -36,6 +36,8 @@ EVALUATE_EXAMPLES = """
     llmkd evaluate org/model --tasks gsm8k --baseline org/other --limit 100
 
     llmkd evaluate runs/quickstart --tasks glue --data datasets
+
+    llmkd evaluate runs/cola runs/mrpc runs/rte
 """
 
 PUSH_EXAMPLES = """

@@ -16,6 +16,7 @@ from llmkd.errors import ConfigError, unknown_name
 PACKAGE = "pkg://"
 _STAND_IN: ContextVar[Literal["", "plan", "smoke"]] = ContextVar("stand_in", default="")
 _LAYERS: ContextVar[int] = ContextVar("layers", default=2)
+_LABELS: ContextVar[int | None] = ContextVar("labels", default=None)
 _TOKENIZERS: ContextVar[dict[Any, Any] | None] = ContextVar("tokenizers", default=None)
 
 
@@ -98,14 +99,14 @@ def _names(folder: Path, pattern: str) -> str:
 
 
 @contextmanager
-def stand_in(kind: Literal["plan", "smoke"], layers: int = 2) -> Iterator[None]:
+def stand_in(kind: Literal["plan", "smoke"], layers: int = 2, labels: int | None = None) -> Iterator[None]:
     """Within this block models cost nothing: `plan` builds them without weights, `smoke` tiny, random, of their family.
 
-    `layers` is how many layers a tiny model has: as many as the recipe names.
+    `layers` is how many layers a tiny model has: as many as the recipe names. `labels` makes it a classifier of as many.
     """
     import torch
 
-    tokens = ((_STAND_IN, _STAND_IN.set(kind)), (_LAYERS, _LAYERS.set(layers)))
+    tokens = ((_STAND_IN, _STAND_IN.set(kind)), (_LAYERS, _LAYERS.set(layers)), (_LABELS, _LABELS.set(labels)))
     try:
         with torch.device("meta" if kind == "plan" else "cpu"):
             yield
@@ -155,10 +156,13 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
-def load_model(source: Source, dtype: str = "auto", trust_remote_code: bool = False, **kwargs: Any) -> Any:
-    """A causal LM, or a sequence classifier if the checkpoint says that it is one, in `dtype`.
+def load_model(
+    source: Source, dtype: str = "auto", trust_remote_code: bool = False, num_labels: int | None = None, **kwargs: Any
+) -> Any:
+    """A causal LM, or a sequence classifier if the checkpoint or `num_labels` says so, in `dtype`.
 
-    `auto` is the checkpoint's own, and bfloat16 for a GGUF file, which has none.
+    `auto` is the checkpoint's own, and bfloat16 for a GGUF file, which has none. `num_labels` replaces a head of another
+    size by a new, random one.
     """
     from transformers import GgufConfig
 
@@ -168,9 +172,11 @@ def load_model(source: Source, dtype: str = "auto", trust_remote_code: bool = Fa
     if _STAND_IN.get() == "smoke":
         return _tiny_like(source, trust_remote_code)
     if _STAND_IN.get() == "plan":
-        return _planned(load_config(source, trust_remote_code), dtype, trust_remote_code)
+        return _planned(_labelled(load_config(source, trust_remote_code), num_labels), dtype, trust_remote_code)
     config = None if source.gguf_file is not None else load_config(source, trust_remote_code)
-    load = _kind(config).from_pretrained
+    load = _kind(_labelled(config, num_labels)).from_pretrained
+    if num_labels is not None:
+        kwargs |= {"num_labels": num_labels, "ignore_mismatched_sizes": True}
     return _loading(source, load, dtype=dtype, trust_remote_code=trust_remote_code, **kwargs)
 
 
@@ -186,6 +192,19 @@ def new_model(source: Source, changes: dict[str, Any], dtype: str = "float32", t
     if len(fields.get("layer_types") or ()) != fields.get("num_hidden_layers"):
         fields.pop("layer_types", None)  # a list of the old layers; the config makes a new one
     return _planned(type(config).from_dict(fields), dtype, trust_remote_code)
+
+
+def _labelled(config: Any, num_labels: int | None) -> Any:
+    """The config of a classifier with `num_labels`, or the config as it is."""
+    if num_labels is None:
+        return config
+    if config is None:
+        raise ConfigError(
+            f"num_labels: got {num_labels} for a GGUF file; expected a plain checkpoint. Use another model."
+        )
+    config.num_labels = num_labels
+    config.architectures = ["ForSequenceClassification"]
+    return config
 
 
 def _planned(config: Any, dtype: str, trust_remote_code: bool) -> Any:
@@ -204,13 +223,16 @@ def _kind(config: Any) -> Any:
 
 def _tiny_like(source: Source, trust_remote_code: bool) -> Any:
     """A tiny random model of the family of `source`, or of the family its name tells where it cannot be read."""
-    from llmkd.students.tiny import family_of, tiny_config, tiny_model
+    from llmkd.students.tiny import family_of, tiny_classifier, tiny_config, tiny_model
 
     try:
         family = load_config(source, trust_remote_code).get_text_config().model_type
     except ConfigError:
         family = family_of(source.path)
-    return tiny_model(tiny_config(family, num_hidden_layers=_LAYERS.get()))
+    labels = _LABELS.get()
+    if labels is None:
+        return tiny_model(tiny_config(family, num_hidden_layers=_LAYERS.get()))
+    return tiny_classifier(tiny_config(family, num_hidden_layers=_LAYERS.get(), num_labels=labels))
 
 
 def _loading(source: Source, load: Any, **kwargs: Any) -> Any:

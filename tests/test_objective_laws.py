@@ -12,9 +12,14 @@ from llmkd.divergences import DIVERGENCES, reads_label
 from llmkd.errors import ConfigError
 from llmkd.objectives import OBJECTIVES, CrossEntropy, Mix, TokenDistill
 from llmkd.rows import HeadRows, TopKRows
-from llmkd.types import Outputs, supervised_rows
+from llmkd.types import Kind, Outputs, Signal, supervised_rows
 
-NAMES = sorted(OBJECTIVES)
+# what reads logits of tokens; tests/test_regression.py and tests/test_hidden_mse.py have the laws of the others
+NAMES = sorted(
+    name
+    for name, entry in OBJECTIVES.items()
+    if Kind.DISTRIBUTION in entry.takes and Signal.HIDDEN_STATES not in entry.needs
+)
 NEED_A_TEACHER = ["token", "sinkd", "dkd", "nkd", "ofa", "ps_kd", "span"]
 COUPLED = {
     "sinkd",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from llmkd.adapters.base import Adapter, freeze, unwrap
+from llmkd.adapters.base import Adapter, check_takes, freeze, unwrap
 from llmkd.adapters.causal_lm import CAUSAL_LM
 from llmkd.adapters.classifier import CLASSIFIER
+from llmkd.adapters.regressor import REGRESSOR
 from llmkd.errors import ConfigError
 
 
@@ -18,7 +19,7 @@ def adapter_of(model: nn.Module) -> Adapter:
     """
     base = unwrap(model)
     if any(kind.__name__.endswith("ForSequenceClassification") for kind in type(base).__mro__):
-        return CLASSIFIER
+        return REGRESSOR if base.config.num_labels == 1 else CLASSIFIER
     if getattr(base, "get_output_embeddings", lambda: None)() is not None:
         return CAUSAL_LM
     raise ConfigError(
@@ -27,4 +28,4 @@ def adapter_of(model: nn.Module) -> Adapter:
     )
 
 
-__all__ = ["CAUSAL_LM", "CLASSIFIER", "Adapter", "adapter_of", "freeze", "unwrap"]
+__all__ = ["CAUSAL_LM", "CLASSIFIER", "REGRESSOR", "Adapter", "adapter_of", "check_takes", "freeze", "unwrap"]

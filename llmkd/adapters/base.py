@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from llmkd.types import Outputs
+from llmkd.errors import ConfigError
+from llmkd.types import Kind, Outputs
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class Adapter:
 
     Attributes:
         unit: what a row is: the next `token` of a text, or an `example`.
+        rows: what a row tells: a distribution, or a value.
         read: `(model, batch, needs, vocab_size) -> Outputs`, the supervised rows and the signals that are asked for.
         check: `(model)` raises a ConfigError if `read` would not show what the model itself computes.
         check_packing: `(model, batch_size)` raises a ConfigError if the model cannot keep packed documents apart.
@@ -29,6 +31,7 @@ class Adapter:
     """
 
     unit: Literal["token", "example"]
+    rows: Kind
     read: Callable[..., Outputs]
     check: Callable[[nn.Module], None]
     check_packing: Callable[[nn.Module, int], None]
@@ -42,6 +45,17 @@ class Adapter:
 def unwrap(model: nn.Module) -> Any:
     """The Hugging Face model inside a PEFT wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+def check_takes(adapter: Adapter, takes: Collection[Kind]) -> None:
+    """Raise a ConfigError if an objective is not defined for the rows of such a model."""
+    if adapter.rows in takes:
+        return
+    if adapter.rows is Kind.VALUE:
+        what, fix = "one value an example", "Use regression, or a model with num_labels of 2 or more"
+    else:
+        what, fix = "a distribution", "Use cross_entropy or token, or a model with num_labels=1"
+    raise ConfigError(f"objective: the model gives {what}, which a part of the objective does not take. {fix}.")
 
 
 def freeze(model: nn.Module) -> nn.Module:

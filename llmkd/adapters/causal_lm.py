@@ -14,7 +14,7 @@ from llmkd.adapters.base import Adapter, unwrap
 from llmkd.agreement import measure, summary
 from llmkd.errors import ConfigError
 from llmkd.rows import HeadRows
-from llmkd.types import Batch, Outputs, Signal, supervised_rows
+from llmkd.types import Batch, Kind, Outputs, Signal, supervised_rows
 from llmkd.vocabulary import common_columns
 
 DIVIDES = {"granite", "granitemoe", "granitemoeshared", "granitemoehybrid", "granite_swa", "granitemoe_swa"}
@@ -180,6 +180,7 @@ def head_parameters(model: nn.Module) -> list[Tensor]:
 
 CAUSAL_LM = Adapter(
     unit="token",
+    rows=Kind.DISTRIBUTION,
     read=read,
     check=check_head,
     check_packing=check_packing,

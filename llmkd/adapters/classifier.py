@@ -12,7 +12,7 @@ from llmkd.adapters.base import Adapter, unwrap
 from llmkd.agreement import measure_classes, summary_of_classes
 from llmkd.errors import ConfigError
 from llmkd.rows import DenseRows
-from llmkd.types import Batch, Outputs, Signal, supervised_rows
+from llmkd.types import Batch, Kind, Outputs, Signal, supervised_rows
 from llmkd.vocabulary import same_tokens
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
@@ -48,9 +48,15 @@ def check(model: nn.Module) -> None:
     if config.num_labels < 2 or config.problem_type not in (None, "single_label_classification"):
         raise ConfigError(
             f"model: got num_labels={config.num_labels} and problem_type={config.problem_type}; expected at least 2 classes "
-            "of which one is right: regression and several labels at once have no softmax. Set num_labels=2 or more "
+            "of which one is right: several values or several labels at once have no softmax. Set num_labels=2 or more "
             "and no problem_type."
         )
+    check_pad_token(model)
+
+
+def check_pad_token(model: nn.Module) -> None:
+    """Raise a ConfigError if a decoder cannot find the last token of a padded example."""
+    config = unwrap(model).config
     if "use_cache" in inspect.signature(unwrap(model).forward).parameters and _pad_token(config) is None:
         raise ConfigError(
             f"model type '{config.model_type}': config.pad_token_id is None; expected the tokenizer's, by which it finds an "
@@ -108,6 +114,7 @@ def _pad_token(config: Any) -> int | None:
 
 CLASSIFIER = Adapter(
     unit="example",
+    rows=Kind.DISTRIBUTION,
     read=read,
     check=check,
     check_packing=check_packing,

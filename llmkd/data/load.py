@@ -14,12 +14,13 @@ import datasets
 from datasets import Dataset
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from llmkd.data.layout import inner, of_split, suffix_of
 from llmkd.data.manifest import check_shard, is_stage, read_manifest
 from llmkd.errors import DataError, did_you_mean
 
 logger = logging.getLogger(__name__)
 
-ROW_COLUMNS = ("text", "prompt", "completion", "messages")
+ROW_COLUMNS = ("text", "prompt", "completion", "messages", "text_pair", "label")
 _KINDS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _NOT_DATA = {"manifest.json", "dataset_info.json", "dataset_infos.json", "state.json"}
 _PYTHON_OBJECT = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -75,6 +76,11 @@ class DataSpec(SourceSpec):
     eval: EvalSpec | None = None
     max_eval_samples: int | None = Field(None, ge=1, description="tokenised evaluation samples kept, the first ones")
 
+    @property
+    def is_text(self) -> bool:
+        """Whether rows are texts to predict, and not examples with a label."""
+        return "label" not in self.columns
+
     @model_validator(mode="after")
     def _one_evaluation_source(self) -> DataSpec:
         if self.held_out_every is not None and self.eval is not None:
@@ -110,6 +116,8 @@ def _open(spec: SourceSpec) -> Dataset:
         _no_hub_options(spec)
         return _from_files(spec, [file for item in path for file in _files_of(item)])
     if _is_local(path):
+        if (folder := inner(path, spec.name)) is not None:
+            spec, path = spec.model_copy(update={"path": folder, "name": None}), folder
         _no_hub_options(spec)
         return _from_folder_or_files(spec, path)
     if _PYTHON_OBJECT.fullmatch(path):
@@ -122,7 +130,7 @@ def _open(spec: SourceSpec) -> Dataset:
 
 
 def _is_local(path: str) -> bool:
-    named = path.startswith((".", "/", "~")) or Path(path).suffix.lower() in _KINDS or glob.has_magic(path)
+    named = path.startswith((".", "/", "~")) or suffix_of(Path(path)) in _KINDS or glob.has_magic(path)
     return named or Path(path).exists()
 
 
@@ -139,7 +147,10 @@ def _from_folder_or_files(spec: SourceSpec, path: str) -> Dataset:
         return _read(path, lambda: datasets.load_from_disk(str(folder)))
     if is_stage(folder):
         return _from_files(spec, [check_shard(folder, shard) for shard in read_manifest(folder).shards])
-    return _from_files(spec, _files_of(path))
+    files = _files_of(path)
+    if folder.is_dir() and (chosen := of_split(files, spec.split, path)) is not None:
+        files, spec = chosen, spec.model_copy(update={"split": "train"})
+    return _from_files(spec, files)
 
 
 def _files_of(path: str) -> list[Path]:
@@ -148,10 +159,10 @@ def _files_of(path: str) -> list[Path]:
     if place.is_file():
         return [place]
     if place.is_dir():
-        found = [f for f in place.rglob("*") if f.is_file() and f.suffix.lower() in _KINDS and f.name not in _NOT_DATA]
+        found = [f for f in place.rglob("*") if f.is_file() and suffix_of(f) in _KINDS and f.name not in _NOT_DATA]
         found = [f for f in found if not any(part.startswith(".") for part in f.relative_to(place).parts)]
         others = [f for f in found if f.name != "README.md"]  # a dataset's card, unless all else is text too
-        found = found if all(_KINDS[f.suffix.lower()] == "text" for f in others) else others
+        found = found if all(_KINDS[suffix_of(f)] == "text" for f in others) else others
     elif glob.has_magic(path):
         found = [Path(f) for f in glob.glob(str(place), recursive=True) if Path(f).is_file()]
     else:
@@ -166,13 +177,13 @@ def _files_of(path: str) -> list[Path]:
 def _from_files(spec: SourceSpec, files: list[Path]) -> Dataset:
     kinds = set()
     for file in files:
-        if file.suffix.lower() not in _KINDS:
+        if suffix_of(file) not in _KINDS:
             raise DataError(
                 f"data.path: got '{file}'; expected a {', '.join(_KINDS)} file. Convert it to one of these."
             )
         if file.stat().st_size == 0:
             raise _empty(str(file))
-        kinds.add(_KINDS[file.suffix.lower()])
+        kinds.add(_KINDS[suffix_of(file)])
     if len(kinds) > 1:
         seen = ", ".join(sorted(kinds))
         raise DataError(f"data.path: got {seen} files in '{spec.path}'; expected one kind. Name one, e.g. with a glob.")

@@ -58,10 +58,15 @@ def prepare(
 ) -> Prepared:
     """Tokenise the rows of `spec` (or `rows`, `eval_rows`, if given) into samples of at most `max_length` tokens.
 
-    Labels are aligned with the ids (not shifted), -100 where not supervised and at position 0.
+    Labels are aligned with the ids (not shifted), -100 where not supervised and at position 0. Rows whose `label` column is
+    named become a classifier's examples: see `examples`.
     Raises: DataError on bad rows, or if nothing is supervised.
     """
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    if "label" in spec.columns:
+        from llmkd.data.examples import prepare_examples
+
+        return prepare_examples(spec, tokenizer, rows)
     rows = load_rows(spec) if rows is None else rows.select(range(min(len(rows), spec.max_samples or len(rows))))
     samples = _tokenize(rows, spec.columns, tokenizer, spec)
     row = _numpy(samples, "row")

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from llmkd import build
+from llmkd import config as recipes
 from llmkd.errors import ConfigError
-from llmkd.evaluation import harness, results, suite, table
-from llmkd.evaluation.models import find
+from llmkd.evaluation import glue, harness, results, suite, table
+from llmkd.evaluation.models import Target, find
 from llmkd.evaluation.suite import Sampling
 
 
@@ -16,7 +19,7 @@ from llmkd.evaluation.suite import Sampling
 class Options:
     """The command line's arguments, in its order."""
 
-    target: str
+    targets: list[str]
     tasks: str
     baseline: str | None
     data: Path | None
@@ -31,15 +34,55 @@ class Options:
 
 def run(options: Options, announce: Callable[[str], None]) -> None:
     """Evaluate and print the table."""
-    names = _split(options.tasks)
     _check(options)
-    folder, targets = find(options.target, None if options.baseline is None else _split(options.baseline))
+    baselines = None if options.baseline is None else _split(options.baseline)
+    found = [
+        find(target, baselines) for target in options.targets
+    ]  # all that can be wrong with names, before anything runs
+    parts = []
+    for folder, targets in found:
+        config = classifier_config(folder)
+        way = _language_model if config is None else _classifier
+        parts.append(way(folder, targets, config, options, announce))
+    table.show(parts)
+
+
+def _language_model(
+    folder: Path, targets: list[Target], config: Any, options: Options, announce: Callable[[str], None]
+) -> table.Part:
+    names = _split(options.tasks)
     sampling = Sampling(options.max_tokens, options.repeats)
     settings = harness.Settings(
         options.data, options.limit, options.backend, options.batch_size, options.seed, options.chat_template, sampling
     )
     document = harness.evaluate(folder, targets, names, settings, announce)
-    table.show(document, {name: list(leaves) for name, leaves in suite.expand(names).items()}, folder / results.FILE)
+    groups = {name: list(leaves) for name, leaves in suite.expand(names).items()}
+    return folder / results.FILE, document, groups
+
+
+def _classifier(
+    folder: Path, targets: list[Target], config: Any, options: Options, announce: Callable[[str], None]
+) -> table.Part:
+    for option, value in (("--max-tokens", options.max_tokens), ("--repeats", options.repeats),
+                          ("--chat-template", options.chat_template)):  # fmt: skip
+        if value is not None:
+            raise ConfigError(f"{option}: got {value} for '{folder}', a classifier, which has no prompt. Remove it.")
+    own, _ = glue.task_of(config, None, None)
+    if options.tasks and _split(options.tasks) != [own]:
+        raise ConfigError(
+            f"--tasks: got '{options.tasks}' for '{folder}', a classifier of {own}; expected {own}. Leave it out."
+        )
+    document, name = glue.evaluate(folder, targets, config, options.data, options.limit, announce)
+    return folder / results.FILE, document, {name: [name]}
+
+
+def classifier_config(folder: Path) -> Any:
+    """The recipe of a classifier's run; None for a language model."""
+    file = folder / "config.yaml"
+    if not file.is_file():
+        return None
+    config = recipes.load(file)
+    return None if build.data_spec(config).is_text else config
 
 
 def _check(options: Options) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +87,20 @@ def find(target: str, baselines: Sequence[str] | None) -> tuple[Path, list[Targe
     wanted = (
         [*(name for name in OF_A_RUN if name == "start" or config.get("teacher"))] if baselines is None else baselines
     )
-    return run, [_student(run), *(_baseline(name, config) for name in wanted)]
+    return run, [_student(run, config), *(_baseline(name, config) for name in wanted)]
 
 
-def _student(run: Path) -> Target:
-    return _named(str(run / "student"), "student")
+def _student(run: Path, config: Mapping[str, Any]) -> Target:
+    """The run's student; an adapter is folded into the start that it was trained on, which may be a cut model."""
+    student = _of_spec({"path": str(run / "student")}, "student")
+    if not _is_adapter(student.source):
+        return student
+
+    def make() -> Made:
+        base, tokenizer = _built(config)
+        return _merged(base, student.path), tokenizer
+
+    return replace(student, make=make)
 
 
 def _baseline(name: str, config: Mapping[str, Any]) -> Target:
@@ -114,13 +124,15 @@ def _start(config: Mapping[str, Any]) -> Target:
     if spec["name"] == "pretrained" and not spec.get("num_labels"):
         return _of_spec(spec, "start")
 
-    def make() -> Made:
-        set_seed(config["train"].get("seed", 42))  # as before a training: a new head is drawn at random
-        parts = build.parts(config)
-        return parts.model, parts.tokenizer
-
     relevant = [config.get(key) for key in ("model", "teacher")], config["train"].get("seed", 42)
-    return Target("start", f"{spec['name']} of the recipe", None, make, fingerprint(relevant))
+    return Target("start", f"{spec['name']} of the recipe", None, partial(_built, config), fingerprint(relevant))
+
+
+def _built(config: Mapping[str, Any]) -> Made:
+    """A recipe's student before its first step."""
+    set_seed(config["train"].get("seed", 42))  # as before a training: a new head is drawn at random
+    parts = build.parts(config)
+    return parts.model, parts.tokenizer
 
 
 def _named(name: str, label: str) -> Target:
@@ -134,9 +146,11 @@ def _of_spec(spec: Mapping[str, Any], label: str) -> Target:
     source = locate(spec["path"], spec.get("gguf_file"), spec.get("revision"))
 
     def make() -> Made:
-        model = load_model(source, spec.get("dtype", "auto"), spec.get("trust_remote_code", False))
-        model = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
-        return model, load_tokenizer(source)
+        if _is_adapter(source):
+            return _merged(_base_of(source.path), source.path), load_tokenizer(source)
+        return load_model(source, spec.get("dtype", "auto"), spec.get("trust_remote_code", False)), load_tokenizer(
+            source
+        )
 
     return Target(
         label, spec["path"], source, make, fingerprint(spec["path"], source.kwargs(), _state(Path(source.path)))
@@ -151,5 +165,18 @@ def _state(folder: Path) -> list[Any]:
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
-def _is_adapter(source: Source) -> bool:
-    return (Path(source.path) / "adapter_config.json").is_file()
+def _merged(base: Any, folder: str) -> Any:
+    """A model with the adapter of a folder in it."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(base, folder).merge_and_unload()  # type: ignore[operator]
+
+
+def _base_of(folder: str) -> Any:
+    from peft import PeftConfig
+
+    return load_model(locate(PeftConfig.from_pretrained(folder).base_model_name_or_path or ""))
+
+
+def _is_adapter(source: Source | None) -> bool:
+    return source is not None and (Path(source.path) / "adapter_config.json").is_file()

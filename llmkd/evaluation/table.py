@@ -9,35 +9,54 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+Part = tuple[Path, Mapping[str, Any], Mapping[str, Sequence[str]]]  # a results file, its document, names -> their tasks
 
-def show(
-    document: Mapping[str, Any], groups: Mapping[str, Sequence[str]], file: Path, console: Console | None = None
-) -> None:
-    """Print the table of some tasks of a document, and where the document lies.
 
-    Args:
-        groups: a name -> its tasks; where they are several, their average gets a line.
+def show(parts: Sequence[Part], console: Console | None = None) -> None:
+    """Print one table of some tasks of one or several documents, and where these lie.
+
+    A name that stands for several tasks gets a line with their average, and several documents one of all their tasks.
     """
     console = console or Console()
-    labels = list(document["models"])
-    names = list(dict.fromkeys(name for members in groups.values() for name in members))
+    labels = list(dict.fromkeys(label for _, document, _ in parts for label in document["models"]))
     between = " " if console.width >= 40 + 24 * len(labels) else "\n"
-    table = Table(title=f"{file.parent.name}: evaluation")
+    table = Table(title=f"{parts[0][0].parent.name}: evaluation" if len(parts) == 1 else "evaluation")
     for column in ("task", "metric", "n", *labels):
         table.add_column(column, justify="left" if column in ("task", "metric") else "right")
-    for name, metric, cells in rows(document, names, labels, between):
-        table.add_row(name, metric, str(document["tasks"][name]["n"]), *cells)
+    for file, document, groups in parts:
+        prefix = "" if len(parts) == 1 else f"{file.parent.name}: "
+        for name, metric, cells in rows(document, _leaves(groups), labels, between):
+            table.add_row(f"{prefix}{name}", metric, str(document["tasks"][name]["n"]), *cells)
     table.add_section()
-    for group, members in groups.items():
-        if len(members) > 1:
-            scores = averages(document, members, labels)
-            table.add_row(group, "average", "", *("-" if score is None else f"{score:.3f}" for score in scores))
+    for name, average in all_averages(parts, labels):
+        table.add_row(name, "average", "", *("-" if score is None else f"{score:.3f}" for score in average))
     console.print(table)
     console.print("brackets: 95 % intervals", highlight=False)
-    plain = [label for label, model in document["models"].items() if model.get("chat_template") is False]
+    templates = [item for _, document, _ in parts for item in document["models"].items()]
+    plain = dict.fromkeys(label for label, model in templates if model["chat_template"] is False)
     if plain:
         console.print(f"without a chat template: {', '.join(plain)}", highlight=False)
-    console.print(f"results: {file}", highlight=False, soft_wrap=True)
+    for file, _, _ in parts:
+        console.print(f"results: {file}", highlight=False, soft_wrap=True)
+
+
+def _leaves(groups: Mapping[str, Sequence[str]]) -> list[str]:
+    return list(dict.fromkeys(name for members in groups.values() for name in members))
+
+
+def all_averages(parts: Sequence[Part], labels: Sequence[str]) -> list[tuple[str, list[float | None]]]:
+    """The lines of averages: of each name with several tasks, and of all tasks if there are several documents."""
+    out = [
+        (group, averages(document, members, labels))
+        for _, document, groups in parts
+        for group, members in groups.items()
+        if len(members) > 1
+    ]
+    if len(parts) > 1:
+        scores = [[score(document["tasks"][name], label) for label in labels]
+                  for _, document, groups in parts for name in _leaves(groups)]  # fmt: skip
+        out.append(("all", [_mean(column) for column in zip(*scores, strict=True)]))
+    return out
 
 
 def rows(

@@ -5,8 +5,10 @@ from __future__ import annotations
 from llmkd.objectives.base import Mix, Objective, RowObjective
 from llmkd.objectives.cross_entropy import CrossEntropy
 from llmkd.objectives.decoupled import DKD, NKD
+from llmkd.objectives.hidden_mse import HiddenMSE
 from llmkd.objectives.ofa import OFA
 from llmkd.objectives.ps_kd import PSKD
+from llmkd.objectives.regression import Regression
 from llmkd.objectives.sinkhorn import SinKD
 from llmkd.objectives.span import SpanLoss
 from llmkd.objectives.token import TokenDistill
@@ -22,7 +24,9 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "ps_kd": PSKD,
     "span": SpanLoss,
     "uskd": USKD,
+    "hidden_mse": HiddenMSE,
+    "regression": Regression,
 }
 
-__all__ = ["DKD", "NKD", "OBJECTIVES", "OFA", "PSKD", "USKD", "CrossEntropy", "Mix", "Objective", "RowObjective", "SinKD",
-           "SpanLoss", "TokenDistill"]  # fmt: skip
+__all__ = ["DKD", "NKD", "OBJECTIVES", "OFA", "PSKD", "USKD", "CrossEntropy", "HiddenMSE", "Mix", "Objective", "Regression",
+           "RowObjective", "SinKD", "SpanLoss", "TokenDistill"]  # fmt: skip

@@ -12,7 +12,7 @@ from torch import nn
 from llmkd.errors import ConfigError
 from llmkd.rows import Term, reduce
 from llmkd.schedules import Schedule, as_schedule
-from llmkd.types import Batch, Loss, Outputs, Signal
+from llmkd.types import Batch, Kind, Loss, Outputs, Signal
 
 
 class Objective(nn.Module, ABC):
@@ -25,12 +25,14 @@ class Objective(nn.Module, ABC):
         needs: the teacher's signals that it reads; empty if it can do without a teacher.
         student_needs: the student's signals that it reads beside those and its rows.
         reads: columns of the batch that it needs beside ids, mask and labels, such as `spans`.
+        takes: the kinds of rows that it is defined for.
         watches_steps: whether `after_step` wants the means of each optimizer step (which costs a host sync a step).
     """
 
     needs: frozenset[Signal] = frozenset()
     student_needs: frozenset[Signal] = frozenset()
     reads: frozenset[str] = frozenset()
+    takes: frozenset[Kind] = frozenset({Kind.DISTRIBUTION})
     watches_steps: bool = False
 
     @abstractmethod
@@ -98,6 +100,7 @@ class Mix(Objective):
         self.needs = frozenset().union(*(part.needs for part in objectives))
         self.student_needs = frozenset().union(*(part.student_needs for part in objectives))
         self.reads = frozenset().union(*(part.reads for part in objectives))
+        self.takes = frozenset(Kind).intersection(*(part.takes for part in objectives))
         self.watches_steps = bool(self._moving()) or any(part.watches_steps for part in objectives)
 
     @property

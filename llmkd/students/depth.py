@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import PreTrainedModel
 
 from llmkd.errors import ConfigError
@@ -22,6 +21,7 @@ def depth(
     gguf_file: str | None = None,
     revision: str | None = None,
     dtype: str = "float32",
+    num_labels: int | None = None,
     teacher_model: PreTrainedModel | None = None,
 ) -> PreTrainedModel:
     """theta_s = the kept layers of theta, everything else copied: same width, vocabulary and tokenizer, fewer layers.
@@ -29,14 +29,19 @@ def depth(
     Args:
         layers: which layers to keep (indices, in order), or how many: evenly spaced with both ends kept.
         path, gguf_file, revision: the model to cut, see `weights.locate`; without a path, the teacher.
-        dtype: of the student's master weights.
+        dtype: of the student's master weights. num_labels: see `pretrained`; it needs a path.
 
     Raises:
         ConfigError: indices out of range or not increasing, more layers than there are, or no model to cut.
 
     Reference: Sanh et al. 2019 (DistilBERT), arXiv 1910.01108.
     """
-    base = teacher_model if path is None else pretrained(path=path, gguf_file=gguf_file, revision=revision)
+    if path is None and num_labels is not None:
+        raise ConfigError(
+            "model.num_labels: got a value for a cut teacher, which has a head; expected none. Add model.path."
+        )
+    given = {"gguf_file": gguf_file, "revision": revision, "num_labels": num_labels}
+    base = teacher_model if path is None else pretrained(path=path, **given)
     if base is None:
         raise ConfigError("model: depth needs a model to cut; give model.path, or a local teacher to cut.")
     kept = kept_layers(layers, base.config.get_text_config().num_hidden_layers)
@@ -73,12 +78,13 @@ def keep_layers(base: PreTrainedModel, kept: list[int]) -> PreTrainedModel:
     total = base.config.get_text_config().num_hidden_layers
     prefix = _layer_prefix(base, total)
     with whole_models():
-        student = AutoModelForCausalLM.from_config(cut_config(base.config, kept), dtype=base.dtype)
+        student = type(base)._from_config(cut_config(base.config, kept), dtype=base.dtype)
     place = {f"{prefix}.{old}.": f"{prefix}.{new}." for new, old in enumerate(kept)}
     with gathered(base.parameters()):
         student.load_state_dict(_renamed(base.state_dict(), prefix, place))
     student.tie_weights()
-    student.generation_config = copy.deepcopy(base.generation_config)
+    if base.can_generate():
+        student.generation_config = copy.deepcopy(base.generation_config)
     return student
 
 

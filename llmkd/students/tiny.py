@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
@@ -61,3 +61,8 @@ def tiny_config(family: str = "llama", **changes: Any) -> PreTrainedConfig:
 def tiny_model(config: PreTrainedConfig) -> PreTrainedModel:
     """A random model of that config, in fp32 and eval mode."""
     return AutoModelForCausalLM.from_config(config).float().eval()
+
+
+def tiny_classifier(config: PreTrainedConfig) -> PreTrainedModel:
+    """A random sequence classifier, or regressor, of that config, in fp32 and eval mode."""
+    return AutoModelForSequenceClassification.from_config(config).float().eval()

@@ -88,6 +88,6 @@ def local(
     Reference: Hinton et al. 2015, arXiv 1503.02531.
     """
     source = locate(path, gguf_file, revision)
-    extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    extra: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     model = load_model(source, dtype, trust_remote_code, **extra)
     return LocalTeacher(model, load_tokenizer(source, trust_remote_code))
