@@ -5,6 +5,7 @@ import sys
 import typer
 
 from benchmarks.docs import docs
+from benchmarks.glue import glue
 from benchmarks.head import head
 from benchmarks.picture import picture
 from benchmarks.quality import EXAMPLES, quality
@@ -21,6 +22,7 @@ app.command(epilog=EXAMPLES)(quality)
 app.command(epilog=refining.EXAMPLES)(refining.refine)
 app.command()(picture)
 app.command()(step)
+app.command()(glue)
 
 
 @app.callback()

@@ -11,6 +11,7 @@ import yaml
 
 import benchmarks.quality.report as quality_report
 import benchmarks.refine.report as refine_report
+from benchmarks.glue import table as glue_table
 from benchmarks.quality import results as quality_results
 from benchmarks.quality.entries import methods
 from benchmarks.refine import results as refine_results
@@ -36,6 +37,7 @@ def pages() -> dict[Path, str]:
         "quickstart": quickstart_numbers(),
         "quality": quality_report.section(measured),
         "refine": refine_report.section(refine_results.read(RESULTS / "refine.json")),
+        "glue": glue_numbers(),
     }
     for name, content in blocks.items():
         text = block(text, name, content)
@@ -99,6 +101,14 @@ def quickstart_numbers() -> str:
         "again from `python -m benchmarks quickstart`.",
     ]
     return "\n".join(lines)
+
+
+def glue_numbers() -> str:
+    """The table of glue.json, once there is one."""
+    file = RESULTS / "glue.json"
+    if not file.is_file():
+        return "`python -m benchmarks glue --data FOLDER` measures it."
+    return glue_table(json.loads(file.read_text()))
 
 
 def recipe_list() -> str:

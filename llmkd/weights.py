@@ -66,6 +66,7 @@ def locate(path: str, gguf_file: str | None = None, revision: str | None = None)
     elif gguf_file is None and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise ConfigError(
             f"path: got '{path}', which is no folder; give an existing folder or a Hub name such as org/name."
+            + (" It looks like a run's student: run its recipe first." if path.endswith("/student") else "")
         )
     return Source(str(path), gguf_file, revision)
 

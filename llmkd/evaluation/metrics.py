@@ -67,7 +67,7 @@ def script_of(task: str) -> Any:
         return None
     evaluate = need("evaluate", INSTALL)
     try:
-        return evaluate.load("glue", task)
+        return evaluate.load("evaluate-metric/glue", task)
     except Exception as error:  # whatever the Hub, a proxy or a cache may raise
         logging.getLogger(__name__).info(
             "evaluate's glue script cannot be loaded: %s", " ".join(str(error).split())[:200]
