@@ -11,7 +11,7 @@ import torch
 from llmkd import build
 from llmkd import config as recipes
 from llmkd.adapters import adapter_of, check_takes
-from llmkd.data.domains import prepare
+from llmkd.data import prepare
 from llmkd.distributed import start_processes
 from llmkd.errors import ConfigError
 from llmkd.teachers import SelfTeacher

@@ -46,7 +46,8 @@ class DDK(Reweighting):
     """r' = alpha psi / sum(psi) + (1 - alpha) / N, psi = r exp(l_S / l_T), with a domain's perplexities l of student, teacher.
 
     r starts as the softmax of l_S / l_T. As in algorithm 1 the first interval draws rows at random, whatever their domain;
-    r is used from the second on. Constant perplexities move r to a fixed point, not at once: psi holds the r before.
+    r is used from the second on. Constant perplexities move r to a fixed point, not at once: psi holds the r before. The
+    paper also stops once r is nearly uniform, without a threshold: here only `max_steps` ends a training.
 
     Args:
         alpha: in [0, 1]; 1 - alpha is spread evenly, so that no domain falls below (1 - alpha) / N.

@@ -17,8 +17,8 @@ from llmkd import build, zero3
 from llmkd import config as recipes
 from llmkd.adapters import adapter_of, unwrap
 from llmkd.checkpoints import complete_checkpoints
+from llmkd.data import prepare
 from llmkd.data.collate import Collator
-from llmkd.data.domains import prepare
 from llmkd.data.examples import check_labels
 from llmkd.distributed import is_main, start_processes
 from llmkd.errors import ConfigError

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llmkd.data.collate import Collator, pad_with_unsupervised
+    from llmkd.data.domains import prepare
     from llmkd.data.load import DataSpec, EvalSpec, load_rows
-    from llmkd.data.samples import Prepared, prepare
+    from llmkd.data.samples import Prepared
 
 __all__ = ["Collator", "DataSpec", "EvalSpec", "Prepared", "load_rows", "pad_with_unsupervised", "prepare"]
 
@@ -19,7 +20,7 @@ _HOME = {
     "EvalSpec": "load",
     "load_rows": "load",
     "Prepared": "samples",
-    "prepare": "samples",
+    "prepare": "domains",
 }
 
 

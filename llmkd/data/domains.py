@@ -21,8 +21,10 @@ COLUMN = "domain"  # of prepared samples: a ClassLabel, whose names are the doma
 Sources = dict[str, tuple[SourceSpec, Dataset]]
 
 
-def prepare(spec: DataSpec, processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> Prepared:
-    """`samples.prepare`; where `spec` names domains, each on its own, with the column `domain` added.
+def prepare(
+    spec: DataSpec, processing_class: PreTrainedTokenizerBase | ProcessorMixin, rows: Dataset | None = None
+) -> Prepared:
+    """`samples.prepare` of `spec` (or `rows`, if given); of named domains each on its own, with the column `domain` added.
 
     `held_out_every`, `max_samples` and `max_eval_samples` then count within each domain, and a packed sequence holds one
     domain's documents. The report counts over all domains.
@@ -30,17 +32,17 @@ def prepare(spec: DataSpec, processing_class: PreTrainedTokenizerBase | Processo
     Raises: DataError, naming the domain, for one without rows, without validation rows, or with bad rows.
     """
     if not has_domains(spec):
-        return prepare_one(spec, processing_class)
-    train, held_out = _sources(spec, "data"), _held_out(spec)
+        return prepare_one(spec, processing_class, rows)
+    train, held_out = _sources(spec, "data", rows), _held_out(spec)
     _same_names(train, held_out, spec)
     parts = {}
-    for name, (source, rows) in train.items():
+    for name, (source, own_rows) in train.items():
         own = spec.model_copy(update={"columns": source.columns, "max_samples": source.max_samples})
         evaluation = held_out.get(name)
         if evaluation is not None:
             own = own.model_copy(update={"eval": spec.eval.model_copy(update={"columns": evaluation[0].columns})})  # type: ignore[union-attr]
         try:
-            parts[name] = prepare_one(own, processing_class, rows, evaluation[1] if evaluation else None)
+            parts[name] = prepare_one(own, processing_class, own_rows, evaluation[1] if evaluation else None)
         except DataError as error:
             raise DataError(f"domain '{name}': {error}") from error
     return _joined(parts)
@@ -69,9 +71,11 @@ def _same_names(train: Sources, held_out: Sources, spec: DataSpec) -> None:
             raise DataError(f"data.eval: got no rows of domain '{name}'; expected some of every domain. Add them.")
 
 
-def _sources(spec: SourceSpec, where: str) -> Sources:
+def _sources(spec: SourceSpec, where: str, rows: Dataset | None = None) -> Sources:
     """Every domain's rows, and the source whose columns they have: named paths, or the values of a column."""
     if isinstance(spec.path, dict):
+        if rows is not None:
+            raise DataError(f"{where}: got rows and a path for each domain; expected one of them. Set domain_column.")
         found: Sources = {}
         for name, value in spec.path.items():
             own = value.model_dump(exclude_unset=True) if isinstance(value, SourceSpec) else {"path": value}
@@ -81,7 +85,7 @@ def _sources(spec: SourceSpec, where: str) -> Sources:
             except DataError as error:
                 raise DataError(f"{where}: domain '{name}': {error}") from error
         return found
-    rows = load_rows(spec.model_copy(update={"max_samples": None}))
+    rows = load_rows(spec.model_copy(update={"max_samples": None})) if rows is None else rows
     column = str(spec.domain_column)
     rows = rows.flatten() if "." in column else rows
     if column not in rows.column_names:

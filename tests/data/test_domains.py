@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from datasets import Dataset
 
-from llmkd.data import DataSpec
-from llmkd.data.domains import DomainSampler, prepare
+from llmkd.data import DataSpec, prepare
+from llmkd.data.domains import DomainSampler
 from llmkd.errors import ConfigError, DataError
 
 SIZES = (40, 7, 23)
@@ -211,3 +212,11 @@ def test_length_grouping_reorders_an_interval_and_changes_nothing_else():
         return int((batches.max(1, keepdims=True) - batches).sum())
 
     assert padding(list(grouped)) < 0.5 * padding(list(plain))
+
+
+def test_given_rows_have_their_domains_in_a_column(tokenizer):
+    rows = Dataset.from_list([*texts("web", 4), *texts("code", 4)])
+    data = prepare(DataSpec(path="unused", domain_column="domain", held_out_every=2), tokenizer, rows)
+    assert {name: len(found) for name, found in read(data.train, tokenizer).items()} == {"web": 2, "code": 2}
+    with pytest.raises(DataError, match="domain_column"):
+        prepare(DataSpec(path={"web": "unused"}), tokenizer, rows)
