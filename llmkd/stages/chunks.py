@@ -67,6 +67,8 @@ def tokens_of(texts: Sequence[str], tokenizer: Any) -> list[tuple[list[int], lis
             f"tokenizer: got {type(tokenizer).__name__}, eos {tokenizer.eos_token}; expected a fast one with an end-of-text "
             "token, to cut documents with. Set stage.pack=false."
         )
+    if not texts:
+        return []
     options = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
     encoded = tokenizer(list(texts), padding=False, truncation=False, **options)
     starts = ([0, *(start for start, _ in offsets[1:])] for offsets in encoded["offset_mapping"])

@@ -15,7 +15,7 @@ from llmkd.data.load import SourceSpec
 from llmkd.data.manifest import Manifest
 from llmkd.data.manifest import verify as check_folder
 from llmkd.distributed import is_main
-from llmkd.errors import ConfigError
+from llmkd.errors import ConfigError, need
 from llmkd.stages.base import Stage
 from llmkd.stages.files import put
 from llmkd.stages.page import selection_page
@@ -44,23 +44,26 @@ def stage(
         return
     job = prepare(config)
     done = claim(job)
-    if report is not None and not isinstance(job.stage, Select):
-        raise ConfigError("--report: got a stage that selects nothing; expected select. Leave --report out.")
+    if report is not None:
+        need("matplotlib", "pip install 'llmkd[report]'")
+        if not isinstance(job.stage, Select):
+            raise ConfigError("--report: got a stage that selects nothing; expected select. Leave --report out.")
     if dry_run:
         announce(recipes.dump(config).rstrip())
         announce(f"# {len(job.source):,} rows in {job.count:,} shards, {len(done):,} of them finished")
         announce("# everything checked; no weights were loaded, nothing was written")
         return
-    started = time.perf_counter()
+    started, makes = time.perf_counter(), len(done) < job.count
     manifest = run(job, announce)
     if manifest is None:
         announce(f"{job.folder}: this process is done, others still write. If one was lost, run the same again.")
     else:
         seconds = time.perf_counter() - started
-        announce(f"{job.folder}: {_summary(manifest)}; {seconds:.0f} s. Give it to another recipe as data.path.")
-        if isinstance(job.stage, Select) and report is not None and is_main():
+        say = print if makes else announce  # the rank that is last, whichever it is, has the last word
+        say(f"{job.folder}: {_summary(manifest)}; {seconds:.0f} s. Give it to another recipe as data.path.")
+        if isinstance(job.stage, Select) and report is not None and (makes or is_main()):
             _write_page(job.stage, job, report)
-            announce(f"page: {report}")
+            say(f"page: {report}")
 
 
 def _write_page(select: Select, job: Job, file: Path) -> None:

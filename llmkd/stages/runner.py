@@ -82,10 +82,15 @@ def prepare(config: Mapping[str, Any], source_of: Callable[[Stage], Source] | No
         if recipe.join is not None and not source_of:
             source = Joined(source, open_source(recipes.check(SourceSpec, recipe.join, "join")))
         features = Features({EXAMPLE_ID: Value("int64"), **stage.features(source.features)})
-        asked = {key: value for key, value in config.items() if key != "output_dir"}
-        identity = {"recipe": asked, "data": source.revision, **stage.identity(), "versions": software()}
-    folder = Path(str(config["output_dir"]))
-    return Job(stage, source, folder, recipe.rows_per_shard, features, json.loads(json.dumps(identity)))
+        identity = {
+            "recipe": recipe.model_dump(exclude={"output_dir"}),
+            "data": source.revision,
+            **stage.identity(),
+            "versions": software(),
+        }
+    return Job(
+        stage, source, Path(recipe.output_dir), recipe.rows_per_shard, features, json.loads(json.dumps(identity))
+    )
 
 
 def run(job: Job, announce: Callable[[str], None] = print) -> Manifest | None:

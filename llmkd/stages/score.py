@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from itertools import compress
 from typing import Any, Literal
 
 import numpy as np
@@ -38,10 +39,11 @@ class Score(Stage):
     Args:
         teacher, reference: a path, or the keys of a local teacher; at least one, and both of one tokenizer.
         max_length: tokens of an example at most; longer documents are cut, longer rows are rejected as `too_long`.
-        pack: put documents together into chunks that end where a document or a sentence does, as MiniPLM does; False:
-            score each row as it is, its completion or its assistant's turns only where it has them.
+        pack: put documents together into chunks that end where a document or a sentence does, as MiniPLM does, and at the
+            shard's end; False: score each row as it is, its completion or its assistant's turns only where it has them.
         domain: a column; documents of different domains do not share a chunk, and it is kept.
-        exclude: a `data:` block; documents that are in it, to the letter, are rejected as `in_reference`: D_ref.
+        exclude: a `data:` block; documents that are in it, to the letter, are rejected as `in_reference`: D_ref. What is
+            no text is rejected as `not_text`.
         measures: `el2n` (the reference's |p - onehot|_2) and `disagreement` (KL(teacher || reference)), means a token.
         batch_tokens: tokens of a batch, padding included; examples of like length share one.
 
@@ -49,7 +51,7 @@ class Score(Stage):
         ConfigError: no model, two tokenizers, a measure without its model, a short context. DataError: columns.
 
     Reference: Gu et al. 2025 (MiniPLM), arXiv 2410.17215; EL2N: Paul et al. 2021, arXiv 2107.07075.
-    Fidelity: checked against the official code of MiniPLM by reading (chunks, mask, mean a token)
+    Fidelity: checked against the official code of MiniPLM (by reading: chunks, mask, mean a token; no numbers)
     """
 
     def __init__(
@@ -136,11 +138,14 @@ class Score(Stage):
 
     def _chunks(self, columns: dict[str, list], free: np.ndarray) -> tuple[dict[str, list], list[Example], list[str]]:
         """Chunks of the free documents; the others come first, each a rejected row without tokens."""
-        texts = [_string(text) for text, is_free in zip(columns["text"], free, strict=True) if is_free]
+        usable = [is_free and isinstance(text, str) for text, is_free in zip(columns["text"], free, strict=True)]
+        texts = list(compress(columns["text"], usable))
         domains = columns[self.domain] if self.domain else None
-        theirs = None if domains is None else [domains[number] for number in np.flatnonzero(free)]
-        rejected = len(free) - len(texts)
-        reasons = ["in_reference"] * rejected
+        theirs = None if domains is None else list(compress(domains, usable))
+        reasons = [
+            "not_text" if is_free else "in_reference" for is_free, use in zip(free, usable, strict=True) if not use
+        ]
+        rejected = len(reasons)
         examples, pieces, names = [Example([], [])] * rejected, [[]] * rejected, [None] * rejected
         for chunk, domain in cut_documents(texts, theirs, self.models.tokenizer, self.max_length):
             example = _example(chunk.ids, [True] * len(chunk.ids), self.models.tokenizer)
@@ -193,9 +198,3 @@ def _example(ids: list[int], supervised: list[bool], tokenizer: Any) -> Example:
         for number, (token, said, last) in enumerate(zip(ids, supervised, before, strict=False))
     ]
     return Example(ids, labels)
-
-
-def _string(text: Any) -> str:
-    if not isinstance(text, str):
-        raise DataError(f"data: got text {text!r:.60}; expected a string in every row. Drop or mend the row.")
-    return text

@@ -28,7 +28,7 @@ class Difference:
         of: `mean`, nats a token, which does not favour long chunks, or `sum`.
 
     Reference: Gu et al. 2025 (MiniPLM), arXiv 2410.17215, eq. 4.
-    Fidelity: checked against the official code of MiniPLM (mean a token; the README's fraction is a misprint)
+    Fidelity: checked against the official code of MiniPLM (by reading: mean a token; its README's fraction is a misprint)
     """
 
     of: Literal["mean", "sum"] = "mean"

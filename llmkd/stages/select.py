@@ -37,7 +37,7 @@ class Select(Stage):
         ConfigError: not one of the four, or out of range. DataError: a column is not there, or top_k is too many.
 
     Reference: Gu et al. 2025 (MiniPLM), arXiv 2410.17215, section 2.3; Ben-Baruch et al. 2024, arXiv 2403.07854.
-    Fidelity: checked against the official code of MiniPLM (the kept indices, on its golden example)
+    Fidelity: checked against the official code of MiniPLM (by reading; it sorts all scores in memory)
     """
 
     def __init__(

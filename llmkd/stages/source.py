@@ -89,7 +89,8 @@ class LoadedRows:
         """Rows by number."""
         wanted = list(self.features if columns is None else columns)
         theirs = [name for name in wanted if name != EXAMPLE_ID]
-        out = self._rows.select_columns(theirs)[start:stop] if theirs else {}
+        rows = self._rows if columns is None else self._rows.select_columns(theirs)
+        out = rows[start:stop] if theirs else {}
         return {**out, EXAMPLE_ID: list(range(start, stop))} if EXAMPLE_ID in wanted else out
 
     def _sample(self) -> str:

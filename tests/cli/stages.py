@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 from datasets import Features, Value
 
 from llmkd.stages import Stage
@@ -45,3 +48,13 @@ class Uneven(Shout):
 
     def process(self, columns: dict[str, list]) -> dict[str, list]:
         return {**super().process(columns), "length": [1]}
+
+
+class Lines(Shout):
+    """Writes JSON lines instead of Parquet."""
+
+    suffix = ".jsonl"
+
+    def write(self, file: Path, columns: dict[str, list], features: Features) -> None:
+        rows = zip(*(columns[name] for name in features), strict=True)
+        file.write_text("".join(json.dumps(dict(zip(features, row, strict=True))) + "\n" for row in rows))

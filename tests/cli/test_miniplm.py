@@ -47,6 +47,7 @@ def score_recipe(corpus, models, tmp_path):
     return write
 
 
+@pytest.mark.slow
 def test_the_recipes_run_one_after_another(llmkd, corpus, models, tmp_path):
     """0 to 3 with the real recipes and overrides; the student is of another family, with another tokenizer."""
     other = tmp_path / "gpt2"

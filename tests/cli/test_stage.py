@@ -92,6 +92,21 @@ def test_a_stage_reads_a_stage(llmkd, stage_recipe, whole, tmp_path):
     assert rows["example_id"] == [number for number in range(23) if number % 3]
 
 
+def test_a_stage_may_write_another_kind_of_file(llmkd, stage_recipe, tmp_path):
+    assert llmkd("stage", stage_recipe(stage="stages:Lines")).code == 0
+    assert llmkd("stage", "--verify", tmp_path / "stage").code == 0
+    rows = load_rows(SourceSpec(path=str(tmp_path / "stage")))
+    assert rows["text"] == [f"ROW {number}!" for number in range(23) if number % 3]
+    assert "Parquet" in llmkd("stage", stage_recipe("next", data={"path": str(tmp_path / "stage")})).error
+
+
+def test_a_default_that_is_spelled_out_is_the_same_stage(llmkd, stage_recipe, tmp_path):
+    recipe = stage_recipe()
+    recipe.write_text(recipe.read_text().replace("rows_per_shard: 5\n", ""))
+    assert llmkd("stage", recipe).code == 0
+    assert "nothing to do" in llmkd("stage", recipe, "rows_per_shard=1000").out
+
+
 def test_dry_run_writes_nothing(llmkd, stage_recipe, tmp_path):
     done = llmkd("stage", stage_recipe(), "--dry-run", "rows_per_shard=2")
     assert done.code == 0, done.err
@@ -274,11 +289,19 @@ def test_memory_does_not_grow_with_the_corpus(server, stage_recipe, tmp_path):
     for rows in (2_000, 20_000):
         text = ["distil a large model into a small one " * 50 + str(row) for row in range(rows)]
         pq.write_table(pa.table({"text": text}), tmp_path / f"{rows}.parquet", row_group_size=500)
-        recipe = stage_recipe(f"stage{rows}", data={"path": str(tmp_path / f"{rows}.parquet")}, rows_per_shard=500)
-        done = server("stage", recipe, fault=("watch memory", 0))
-        assert done.code == 0, done.err
-        peaks.append(int([line for line in done.out.splitlines() if line.startswith("peak ")][-1].split()[1]))
-    assert peaks[1] - peaks[0] < 15 * 2**20, "the rows alone are 38 MB"
+        shout = stage_recipe(f"shout{rows}", data={"path": str(tmp_path / f"{rows}.parquet")}, rows_per_shard=500)
+        half = {"name": "select", "score": {"name": "column", "column": "length"}, "ratio": 0.5}
+        select = stage_recipe(
+            f"half{rows}", stage=half, data={"path": str(tmp_path / f"shout{rows}")}, rows_per_shard=500
+        )
+        peaks.append([peak(server("stage", recipe, fault=("watch memory", 0))) for recipe in (shout, select)])
+    for small, large in zip(*peaks, strict=True):
+        assert large - small < 15 * 2**20, "the rows alone are 38 MB"
+
+
+def peak(done) -> int:
+    assert done.code == 0, done.err
+    return int([line for line in done.out.splitlines() if line.startswith("peak ")][-1].split()[1])
 
 
 def test_a_page_about_a_selection(llmkd, stage_recipe, whole, tmp_path):

@@ -76,3 +76,7 @@ def test_a_tokenizer_that_cannot_tell_offsets_is_refused(tokenizer):
     tokenizer.eos_token = None
     with pytest.raises(ConfigError, match=r"stage\.pack=false"):
         chunks(["a"], tokenizer, 8)
+
+
+def test_no_document_is_no_chunk(tokenizer):
+    assert chunks([], tokenizer, 8) == []

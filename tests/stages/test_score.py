@@ -204,5 +204,13 @@ def test_columns_that_do_not_fit(models, columns, options, words):
 
 
 def test_a_row_that_is_no_text(models):
-    with pytest.raises(DataError, match="expected a string"):
-        scored({"text": ["a b", None]}, teacher=models["teacher"])
+    out = scored({"text": ["a b", None]}, teacher=models["teacher"])
+    assert out["rejected"] == ["not_text", ""]
+    with pytest.raises(DataError, match=r"example_id 1\.text"):
+        scored({"text": ["a b", None]}, teacher=models["teacher"], pack=False)
+
+
+def test_a_shard_of_which_nothing_is_left(models, tmp_path):
+    (tmp_path / "ref.jsonl").write_text(json.dumps({"text": "dog"}) + "\n")
+    out = scored({"text": ["dog", "dog"]}, teacher=models["teacher"], exclude={"path": str(tmp_path / "ref.jsonl")})
+    assert out["rejected"] == ["in_reference"] * 2
