@@ -52,6 +52,7 @@ def prepare(run: Run, merge: bool = False) -> list[Upload]:
         student = merged(run)
         card.write_card(run, student / card.FILE, adapter=False)
     elif not (run.folder / card.FILE).is_file():
+        _check_inside(run.folder / card.FILE, run.folder)
         card.write_card(run, run.folder / card.FILE, run.is_adapter)
     found = sorted(student.rglob("*"))
     for file in found:

@@ -70,11 +70,9 @@ def sizes(runs: Named) -> dict[str, Any]:
 
 
 def _tasks(runs: Named) -> list[tuple[str, str]]:
-    """Every evaluated task with its main metric."""
-    found = {}
-    for run in runs.values():
-        found |= {(name, task["main"]): None for name, task in run.evaluation.get("tasks", {}).items()}
-    return list(found)
+    """Every evaluated task with each of its main metrics."""
+    tasks = (item for run in runs.values() for item in run.evaluation.get("tasks", {}).items())
+    return list(dict.fromkeys((name, metric) for name, task in tasks for metric in task["main"]))
 
 
 def _scored(run: Run, task: str, metric: str, model: str) -> float | None:
@@ -89,8 +87,11 @@ def _across(runs: Named, who: str, name: str) -> dict[str, float]:
 
 def _unique(values: Mapping[str, float | None]) -> dict[str, float]:
     """The values that there are, each once, by the first run that has it."""
-    found = {value: label for label, value in reversed(values.items()) if value is not None}
-    return {label: value for value, label in reversed(found.items())}
+    found: dict[float, str] = {}
+    for label, value in values.items():
+        if value is not None:
+            found.setdefault(value, label)
+    return {label: value for value, label in found.items()}
 
 
 def _by_size(runs: Named, values: Mapping[str, float | None], lines: Mapping[str, Mapping[str, float]]) -> Any:

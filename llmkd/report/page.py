@@ -47,7 +47,11 @@ def page(runs: Named) -> str:
     return environment.get_template("page.html.jinja").render(
         title="llmkd: " + ", ".join(runs),
         runs=[_head(label, run, i) for i, (label, run) in enumerate(runs.items())],
-        evaluations=[(label, table.evaluation_lines(run.evaluation)) for label, run in runs.items() if run.evaluation],
+        evaluations=[
+            (label, table.evaluation_lines(run.evaluation))
+            for label, run in runs.items()
+            if run.evaluation.get("tasks")
+        ],
         sections=list(sections(runs)),
         views=[(label, *_view(run)) for label, run in runs.items()],
         data=_json({label: {"metrics": run.metrics, "tokens": run.tokens} for label, run in runs.items()}),

@@ -18,7 +18,7 @@ EVALUATION = {
     "tasks": {
         "cola": {
             "source": "lm-eval", "version": 1.0, "hash": "3f9c", "n": 1043, "limit": None, "repeats": 1, "seed": 0,
-            "dataset": {"path": "nyu-mll/glue", "name": "cola", "split": "validation", "local": False}, "main": "mcc",
+            "dataset": {"path": "nyu-mll/glue", "name": "cola", "split": "validation", "local": False}, "main": ["mcc"],
             "models": {
                 "student": {"mcc": {"value": 0.4125, "stderr": 0.027, "interval": [0.3604, 0.4626]}},
                 "teacher": {"mcc": {"value": 0.6, "stderr": None, "interval": None}},

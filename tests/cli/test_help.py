@@ -57,6 +57,11 @@ def test_list_names_every_entry_with_formula_and_paper(llmkd):
     assert len([block for block in blocks if block.startswith("paper: ") and len(block) > 15]) == len(heads)
 
 
+@pytest.mark.parametrize("command", ["card", "push", "report"])
+def test_commands_on_runs_have_an_example(llmkd, command):
+    assert f"llmkd {command} runs/quickstart" in llmkd(command, "--help").out
+
+
 @pytest.mark.parametrize("kind", list(TABLES))
 def test_list_of_one_table(llmkd, kind):
     done = llmkd("list", kind)

@@ -193,6 +193,12 @@ def test_what_lies_outside_is_refused(llmkd, hub, run, tmp_path, kind):
     assert not hub.calls
 
 
+def test_a_card_is_not_written_through_a_link(llmkd, hub, run, tmp_path):
+    (run / "README.md").symlink_to(tmp_path / "elsewhere.md")
+    assert "leads out of the run folder" in llmkd("push", run, REPO).error
+    assert not (tmp_path / "elsewhere.md").exists()
+
+
 def test_a_card_older_than_the_results(llmkd, hub, run):
     llmkd("card", run)
     (run / "evaluation.json").write_text(json.dumps({"models": {}, "tasks": {}}))

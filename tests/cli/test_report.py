@@ -139,7 +139,7 @@ def test_quality_is_drawn_over_tokens_and_over_wall_time(runs):
 def test_size_and_quality_with_start_and_teacher_as_lines(runs):
     scores = {"student": 0.5, "start": 0.25, "teacher": 0.75}
     models = {name: {"acc": {"value": value}} for name, value in scores.items()}
-    put(runs[0], "evaluation.json", {"models": {}, "tasks": {"rte": {"main": "acc", "models": models}}})
+    put(runs[0], "evaluation.json", {"models": {}, "tasks": {"rte": {"main": ["acc"], "models": models}}})
     loaded = named([read_run(folder) for folder in runs])
     made = figures.sizes(loaded)
     metrics = [run.metrics for run in loaded.values()]

@@ -156,7 +156,7 @@ def framework(made: DistillTrainer) -> str:
 
 def history(made: DistillTrainer) -> list[dict[str, float]]:
     """Loss, gradient norm and the objective's own means of every step."""
-    unstable = {"epoch", "tokens_per_second", "learning_rate"}
+    unstable = {"epoch", "tokens_per_second", "seconds", "learning_rate"}
     entries = [entry for entry in made.state.log_history if "grad_norm" in entry]
     return [{name: value for name, value in entry.items() if name not in unstable} for entry in entries]
 
