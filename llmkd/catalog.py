@@ -15,8 +15,9 @@ from typing import Any
 
 KINDS = ("divergence", "objective", "policy", "schedule", "reweighting", "teacher", "model", "stage", "score")
 METHODS = ("divergence", "objective", "policy", "schedule", "reweighting", "stage", "score")
-PAPER = re.compile(r"^Reference: (.+?)\.?$", re.MULTILINE)
-FIDELITY = re.compile(r"^Fidelity: (.+?)\.?$", re.MULTILINE)
+ENDS = r"\.?(?=\n\w+:|\n\n|\Z)"  # the next field, an empty line or the end
+PAPER = re.compile(r"^Reference: (.+?)" + ENDS, re.MULTILINE | re.DOTALL)
+FIDELITY = re.compile(r"^Fidelity: (.+?)" + ENDS, re.MULTILINE | re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def _items(table: Definition) -> Iterator[tuple[str, Definition]]:
 
 def _field(pattern: re.Pattern[str], text: str) -> str:
     found = pattern.search(text)
-    return found.group(1) if found else ""
+    return " ".join(found.group(1).split()) if found else ""
 
 
 def _knobs(target: Definition) -> str:
