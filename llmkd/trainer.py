@@ -96,9 +96,8 @@ class DistillTrainer(Checkpoints, Trainer):
         if getattr(self.data_collator, "packing", False):
             self._check_packing()
         self._train_meter, self._step_meter, self._bad_step = Meter(), Meter(), torch.tensor(torch.inf)
-        self._last_log = time.perf_counter()
+        self._last_log, self.interrupt = time.perf_counter(), Interrupt()
         self.train_sampler: Sampler | None = None  # of rows, instead of the default order; see `mixing`
-        self.interrupt = Interrupt()
         self.add_callback(self.interrupt)
         self.add_callback(Follow(self))
         if objective.watches_steps:
