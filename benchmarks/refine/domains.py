@@ -42,12 +42,12 @@ def settings(quick: bool) -> dict[str, Any]:
     """All that a run depends on beside its arm and seed. Counts of windows are a domain's, or all domains' together."""
     recipe = config.load(QUICKSTART)
     sizes = {
-        "warm_steps": 120,
-        "steps": 60,
-        "interval": 12,
-        "windows": 600,
-        "validation_windows": 4,
-        "test_windows": 10,
+        "warm_steps": 80,
+        "steps": 36,
+        "interval": 6,
+        "windows": 160,
+        "validation_windows": 3,
+        "test_windows": 8,
     }
     small = {"warm_steps": 4, "steps": 4, "interval": 2, "windows": 96, "validation_windows": 1, "test_windows": 1}
     return {

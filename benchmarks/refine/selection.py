@@ -29,7 +29,7 @@ KEPT = 0.5
 
 def settings(quick: bool) -> dict[str, Any]:
     """All that a run depends on beside its arm and seed; sizes of text in characters."""
-    sizes = {"corpus": 360_000, "reference_text": 120_000, "test": 48_000, "reference_steps": 100, "steps": 180}
+    sizes = {"corpus": 240_000, "reference_text": 80_000, "test": 48_000, "reference_steps": 60, "steps": 140}
     small = {"corpus": 12_000, "reference_text": 12_000, "test": 12_000, "reference_steps": 2, "steps": 4}
     student = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
                "num_key_value_heads": 4, "head_dim": 32, "initializer_range": 0.02}  # fmt: skip
