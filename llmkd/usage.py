@@ -37,7 +37,7 @@ EVALUATE_EXAMPLES = """
 
     llmkd evaluate runs/quickstart --tasks glue --data datasets
 
-    llmkd evaluate runs/cola runs/mrpc runs/rte
+    llmkd evaluate runs/glue/cola runs/glue/mrpc runs/glue/rte
 """
 
 PUSH_EXAMPLES = """

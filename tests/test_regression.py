@@ -104,7 +104,8 @@ def test_it_learns_from_a_teacher_and_reports_squared_errors(tokenizer, tmp_path
     assert before["eval_teacher_mse"] == pytest.approx(expected, rel=1e-4)
     trainer.train()
     after = trainer.evaluate()
-    assert after["eval_loss"] < 0.5 * before["eval_loss"]
+    least = expected / 4  # half way between label and teacher
+    assert after["eval_loss"] - least < 0.5 * (before["eval_loss"] - least)
     assert {"eval_mse", "eval_mse_to_teacher"} <= set(after)
     assert not any("kl" in name or "accuracy" in name for name in after)
 

@@ -53,7 +53,8 @@ stages.runner stages.command
 evaluation
 smoke
 hub report
-usage cli
+usage
+cli
 __main__
 """.strip().splitlines()
 

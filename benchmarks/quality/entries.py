@@ -83,6 +83,9 @@ ENTRIES: dict[str, dict[str, Any]] = {
 LEFT_OUT: dict[str, str] = {
     "token": "as forward_kl",
     "constant": "as forward_kl",
+    "hidden_mse": "needs hidden states, which the recorded teacher does not keep",
+    "regression": "one value an example, no text",
+    "by_fraction": "of pruned data",
 }
 
 
