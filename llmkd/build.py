@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, Literal
 
 from llmkd import config as recipes
 from llmkd.data.load import DataSpec, has_domains
 from llmkd.divergences import DIVERGENCES
 from llmkd.errors import ConfigError
+from llmkd.mixing import UNUSABLE, check_arguments
 from llmkd.objectives import OBJECTIVES, Mix, Objective
 from llmkd.policies import POLICIES
 from llmkd.reweighting import REWEIGHTINGS, Reweighting
@@ -104,7 +106,12 @@ def reweighting(config: Mapping[str, Any]) -> Reweighting | None:
         raise ConfigError(
             "reweighting: the domains have no validation data; expected some of each. Set data.held_out_every or data.eval."
         )
-    return recipes.build("reweighting", spec, TABLES)
+    known = {"max_steps": -1, "train_sampling_strategy": "random", **dict.fromkeys(UNUSABLE), **config["train"]}
+    check_arguments(SimpleNamespace(**known))
+    mixture: Reweighting = recipes.build("reweighting", spec, TABLES)
+    if isinstance(data.path, dict):
+        mixture.check(data.path)
+    return mixture
 
 
 def tokenizer(config: Mapping[str, Any]) -> Any:

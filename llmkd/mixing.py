@@ -69,9 +69,11 @@ class DomainMixing(TrainerCallback, ExportableState):
     """
 
     def __init__(self, trainer: DistillTrainer, reweighting: Reweighting, file: Path) -> None:
-        _check_arguments(trainer, reweighting)
+        check_arguments(trainer.args)
+        _check_models(trainer, reweighting)
         self.trainer, self.reweighting, self.file = trainer, reweighting, file
         self.names = _names(trainer)
+        reweighting.check(self.names)
         self.rows = _count(trainer.train_dataset, self.names, "training")
         _count(trainer.eval_dataset, self.names, "validation")
         self.sets = _by_domain(trainer.eval_dataset, self.names)
@@ -182,8 +184,8 @@ def _draw(file: Path) -> None:
         logger.warning("no picture of %s: %s", file, error)
 
 
-def _check_arguments(trainer: DistillTrainer, reweighting: Reweighting) -> None:
-    args = trainer.args
+def check_arguments(args: Any) -> None:
+    """Raise a ConfigError if these TrainingArguments, or as many of them as are known, do not suit domains."""
     if args.max_steps <= 0:
         raise ConfigError("train.max_steps: got none; expected a number of steps: domains are sampled without end.")
     for name, reason in UNUSABLE.items():
@@ -194,6 +196,9 @@ def _check_arguments(trainer: DistillTrainer, reweighting: Reweighting) -> None:
             f"train.train_sampling_strategy: got '{args.train_sampling_strategy}'; expected random or group_by_length: "
             "domains are sampled."
         )
+
+
+def _check_models(trainer: DistillTrainer, reweighting: Reweighting) -> None:
     if reweighting.needs_teacher and trainer.teacher is None:
         raise ConfigError("reweighting: it compares student and teacher; expected a teacher, got none. Name one.")
     if trainer.distiller.adapter.unit != "token":

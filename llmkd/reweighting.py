@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -28,6 +28,10 @@ class Reweighting(ABC):
         if interval < 1:
             raise ConfigError(f"reweighting.interval: got {interval}; expected at least 1 optimizer step.")
         self.interval = interval
+
+    def check(self, domains: Collection[str]) -> None:
+        """Raise a ConfigError if the domains are not those that it was made for."""
+        return
 
     @abstractmethod
     def start(self, rows: Mapping[str, int], student: Shares, teacher: Shares) -> Shares:
@@ -106,19 +110,23 @@ class Fixed(Reweighting):
         super().__init__(interval)
         self.weights = weights
 
-    def start(self, rows: Mapping[str, int], student: Shares, teacher: Shares) -> Shares:
-        """The probabilities, checked against the domains that there are."""
+    def check(self, domains: Collection[str]) -> None:
+        """Each of them must have a number, and nothing else."""
         if isinstance(self.weights, str):
-            return normalised(rows if self.weights == "proportional" else dict.fromkeys(rows, 1))
+            return
         for name in self.weights:
-            if name not in rows:
-                raise unknown_name("domain of reweighting fixed.weights:", name, rows)
-        missing = [name for name in rows if name not in self.weights]
-        if missing or not sum(self.weights.values()):
+            if name not in domains:
+                raise unknown_name("domain of reweighting fixed.weights:", name, domains)
+        if {*domains} - {*self.weights} or not sum(self.weights.values()):
             raise ConfigError(
-                f"reweighting fixed.weights: got {self.weights}; expected a number for each of {', '.join(rows)}, at "
+                f"reweighting fixed.weights: got {self.weights}; expected a number for each of {', '.join(domains)}, at "
                 "least one above 0. Add what is missing; 0 leaves a domain out."
             )
+
+    def start(self, rows: Mapping[str, int], student: Shares, teacher: Shares) -> Shares:
+        """The probabilities."""
+        if isinstance(self.weights, str):
+            return normalised(rows if self.weights == "proportional" else dict.fromkeys(rows, 1))
         return normalised({name: self.weights[name] for name in rows})
 
     def update(self, r: Shares, student: Shares, teacher: Shares) -> Shares:

@@ -128,9 +128,9 @@ def test_fixed_mixtures_stay():
     [
         (lambda: DDK(alpha=1.5), ["alpha", "1.5", "0 to 1"]),
         (lambda: DDK(interval=0), ["interval", "0", "at least 1"]),
-        (lambda: Fixed({"cod": 1.0}).start(ROWS, {}, {}), ["cod", "did you mean 'code'?"]),
-        (lambda: Fixed({"code": 1.0}).start(ROWS, {}, {}), ["web", "books"]),
-        (lambda: Fixed(dict.fromkeys(NAMES, 0.0)).start(ROWS, {}, {}), ["above 0"]),
+        (lambda: Fixed({"cod": 1.0}).check(NAMES), ["cod", "did you mean 'code'?"]),
+        (lambda: Fixed({"code": 1.0}).check(NAMES), ["web", "books"]),
+        (lambda: Fixed(dict.fromkeys(NAMES, 0.0)).check(NAMES), ["above 0"]),
     ],
 )
 def test_what_cannot_be_is_said_on_one_line(make, words):

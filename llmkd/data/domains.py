@@ -34,6 +34,8 @@ def prepare(
     if not has_domains(spec):
         return prepare_one(spec, processing_class, rows)
     train, held_out = _sources(spec, "data", rows), _held_out(spec)
+    if len(train) < 2:
+        raise DataError(f"data: got one domain, {', '.join(train)}; expected at least two. Name more, or none.")
     _same_names(train, held_out, spec)
     parts = {}
     for name, (source, own_rows) in train.items():

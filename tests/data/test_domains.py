@@ -94,6 +94,8 @@ def test_without_domains_nothing_changes(mixed, tokenizer):
         ({"eval": {"path": {"web": "WEB"}}}, ["data.eval", "no rows of domain 'code'"]),
         ({"eval": {"path": {"web": "WEB", "coed": "WEB"}}}, ["'coed'", "did you mean 'code'?"]),
         ({"eval": {"path": "WEB"}}, ["data.eval", "no domains", "eval.domain_column"]),
+        ({"path": {"web": "WEB"}}, ["one domain, web", "at least two"]),
+        ({"path": "WEB", "domain_column": "domain"}, ["one domain, web", "at least two"]),
         ({"path": "WEB", "domain_column": "domian"}, ["'domian'", "did you mean 'domain'?"]),
         ({"path": "GAP", "domain_column": "domain"}, ["data row 1.domain", "None"]),
     ],

@@ -9,6 +9,7 @@ import pytest
 from place import WORDS, write_rows
 
 DDK = {"name": "ddk", "interval": 3}
+FIXED = {"name": "fixed", "weights": {"few": 1.0, "mnay": 1.0}}
 STEPS = {"train.num_train_epochs": None, "train.max_steps": 8, "train.save_steps": 2}
 
 
@@ -56,6 +57,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(server, recipe, paths, tmp_path):
         ({"data.path": "PATHS", "reweighting": "dkd"}, ["dkd", "did you mean 'ddk'?"]),
         ({"data.path": "PATHS", "reweighting": {**DDK, "alhpa": 1}}, ["alhpa", "did you mean 'alpha'?"]),
         ({"data.path": "PATHS", "reweighting": {**DDK, "alpha": 2.0}}, ["alpha", "2.0", "0 to 1"]),
+        ({"data.path": "PATHS", "reweighting": DDK, "train.max_steps": -1}, ["train.max_steps", "without end"]),
+        ({"data.path": "PATHS", "reweighting": FIXED}, ["mnay", "did you mean 'many'?"]),
         ({"data.path": {"few": "./nowhere.jsonl"}, "reweighting": DDK}, ["domain 'few'", "nowhere.jsonl"]),
     ],
 )
@@ -65,12 +68,6 @@ def test_a_recipe_that_cannot_be_is_said_before_weights_are_loaded(
 ):
     changes = {key: paths if value == "PATHS" else value for key, value in changes.items()}
     hollow = {"model": str(models / "hollow"), "teacher": str(models / "hollow")}
-    error = llmkd("train", recipe({**changes, **STEPS, **hollow}), *words_).error
+    error = llmkd("train", recipe({**STEPS, **hollow, **changes}), *words_).error
     for word in words:
         assert word in error, error
-
-
-def test_a_mixture_with_an_unknown_domain_is_refused(llmkd, recipe, paths):
-    weights = {"few": 1.0, "mnay": 1.0}
-    changes = {"data.path": paths, "reweighting": {"name": "fixed", "weights": weights}, **STEPS}
-    assert "did you mean 'many'?" in llmkd("train", recipe(changes)).error
