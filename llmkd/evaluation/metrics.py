@@ -69,7 +69,7 @@ def script_of(task: str) -> Any:
     try:
         return evaluate.load("evaluate-metric/glue", task)
     except Exception as error:  # whatever the Hub, a proxy or a cache may raise
-        logging.getLogger(__name__).info(
+        logging.getLogger(__name__).debug(
             "evaluate's glue script cannot be loaded: %s", " ".join(str(error).split())[:200]
         )
         return None

@@ -154,7 +154,7 @@ def local(root: Path, name: str, config: Mapping[str, Any]) -> dict[str, Any]:
             f"task {name}: it makes its data itself; expected a dataset to take from --data. Leave --data out."
         )
     part = config.get("dataset_name")
-    places = [root / path, root / path.split("/")[-1], root]
+    places = [root / path.strip("/"), root / path.split("/")[-1], root]
     for place in places:
         if part and _has_data(place / part):
             return {"dataset_path": str(place / part), "dataset_name": None}

@@ -11,7 +11,7 @@ import torch
 from place import write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmkd.evaluation import results
+from llmkd.evaluation import intervals, results
 
 pytestmark = pytest.mark.slow  # lm-eval's index of tasks alone takes seconds
 
@@ -26,6 +26,11 @@ STSB = [
     {"sentence1": "ran off", "sentence2": "sat on", "label": 1.8},
 ]
 AIME = [{"Problem": "What is 1 + 1?", "Answer": 2}, {"Problem": "What is 2 x 3?", "Answer": 6}]
+
+
+@pytest.fixture(autouse=True)
+def _few_resamples(monkeypatch):
+    monkeypatch.setattr(intervals, "RESAMPLES", 40)
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ import yaml
 from place import write_rows
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertModel
 
+from llmkd.evaluation import intervals
 from llmkd.students.tiny import byte_tokenizer, tiny_config
 
 COLUMNS = {"text": "sentence1", "text_pair": "sentence2", "label": "label"}
@@ -37,6 +38,11 @@ def place(tmp_path_factory) -> Path:
         write_rows(folder / "data" / task / "train.jsonl", found[:60])
         write_rows(folder / "data" / task / "validation.jsonl", found[60:])
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _few_resamples(monkeypatch):
+    monkeypatch.setattr(intervals, "RESAMPLES", 40)
 
 
 @pytest.fixture

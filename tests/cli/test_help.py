@@ -41,7 +41,9 @@ def test_help_is_quick_and_has_examples():
         assert words in shown
 
 
-@pytest.mark.parametrize("words", [(), ("--help",), ("list", "--help"), ("stage", "--help")])
+@pytest.mark.parametrize(
+    "words", [(), ("--help",), ("list", "--help"), ("stage", "--help"), ("evaluate", "--help"), ("push", "--help")]
+)
 def test_help_names_the_commands(llmkd, words):
     shown = llmkd(*words)
     assert "llmkd" in shown.out + shown.err
