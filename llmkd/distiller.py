@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 
 from llmkd.adapters import adapter_of, check_takes, unwrap
@@ -52,6 +53,11 @@ class Distiller(nn.Module):
     def activation_checkpointing_enable(self, **kwargs: Any) -> None:
         """Recompute the student's activations in backward."""
         self.student.activation_checkpointing_enable(**kwargs)  # type: ignore[operator]
+
+    def compile_backbone(self, args: Any, accelerator: Any) -> None:
+        """torch.compile the student's backbone in place, as `args` say, and keep the Trainer from compiling the loss."""
+        self.adapter.backbone(self.student).compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+        accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
 
     def forward(self, teacher: Outputs | None = None, only_measure: bool = False, **batch: Tensor) -> Loss:
         """The objective's sums, unless only to measure; in eval mode, `agreement.measure`'s sums as well."""

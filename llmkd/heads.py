@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from llmkd.support import coarsen, log_softmax, log_tail
 
-WIDENED = 2**14  # rows of a weight gradient in half precision at a time, on their way into float32
+WIDENED = 2**13  # rows of a weight gradient in half precision at a time, on their way into float32
 
 
 def full(weight: Tensor) -> Tensor:

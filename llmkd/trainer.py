@@ -91,6 +91,8 @@ class DistillTrainer(Checkpoints, Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if args.torch_compile:
+            self.distiller.compile_backbone(args, self.accelerator)
         if self.teacher is not None:
             self.teacher.prepare(self.accelerator)
         if getattr(self.data_collator, "packing", False):
@@ -98,10 +100,8 @@ class DistillTrainer(Checkpoints, Trainer):
         self._train_meter, self._step_meter, self._bad_step = Meter(), Meter(), torch.tensor(torch.inf)
         self._last_log, self.interrupt = time.perf_counter(), Interrupt()
         self.train_sampler: Sampler | None = None  # of rows, instead of the default order; see `mixing`
-        self.add_callback(self.interrupt)
-        self.add_callback(Follow(self))
-        if objective.watches_steps:
-            self.add_callback(AfterStep(self))
+        for callback in (self.interrupt, Follow(self), *([AfterStep(self)] if objective.watches_steps else [])):
+            self.add_callback(callback)
         if self.pop_callback(ProgressCallback):
             self.add_callback(Progress)
 

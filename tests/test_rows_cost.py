@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from llmkd.divergences import DIVERGENCES
+from llmkd.divergences.closed_form import closed_form, fused
 from llmkd.divergences.dac_kl import WIDTH
 from llmkd.objectives.cross_entropy import nll
 from llmkd.rows import DenseRows, HeadRows, Term, TopKRows, per_row, reduce, weighted_sum
@@ -182,3 +184,40 @@ def test_dense_logits_cost_no_product():
 def test_head_products_of_the_rows_that_stay_differentiable():
     """Both projections twice (checkpointed), dH and dW."""
     assert flops("per_row", KL, *models()) <= 2 * N * V * (4 * HS + 2 * HT)
+
+
+FORMS = sorted(name for name in NAMES if not isinstance(DIVERGENCES[name], type) and hasattr(DIVERGENCES[name], "grad"))
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_fused_closed_form_is_the_plain_one(name, monkeypatch):
+    """As on a GPU; but the kernel's own code generation needs one, or minutes."""
+    made = []
+    compile_ = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda form, **knobs: made.append(compile_(form, backend="aot_eager")) or made[0]
+    )
+    fused.cache_clear()
+    form = closed_form(partial(DIVERGENCES[name]), one_kernel=True)
+    plain = closed_form(DIVERGENCES[name])
+    for rows in (6, 3):
+        pair = [torch.randn(rows, 40).log_softmax(-1) for _ in range(2)]
+        torch.testing.assert_close(form(*pair), plain(*pair))
+    assert len(made) == 1
+    fused.cache_clear()
+
+
+def test_where_it_cannot_be_compiled_the_plain_form_runs(monkeypatch, caplog):
+    def broken(form, **_):
+        def raises(*_):
+            raise RuntimeError("no compiler\nand a long trace")
+
+        return raises
+
+    monkeypatch.setattr(torch, "compile", broken)
+    fused.cache_clear()
+    form, pair = closed_form(KL, one_kernel=True), [torch.randn(3, 5).log_softmax(-1) for _ in range(2)]
+    for _ in range(2):
+        torch.testing.assert_close(form(*pair), closed_form(KL)(*pair))
+    assert [record.message for record in caplog.records] == ["_forward_kl is not fused into one kernel: no compiler"]
+    fused.cache_clear()

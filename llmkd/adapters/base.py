@@ -19,6 +19,7 @@ class Adapter:
     Attributes:
         unit: what a row is: the next `token` of a text, or an `example`.
         rows: what a row tells: a distribution, or a value.
+        backbone: `(model)` -> the module that `read` runs, for `torch.compile`.
         read: `(model, batch, needs, vocab_size) -> Outputs`, the supervised rows and the signals that are asked for.
         check: `(model)` raises a ConfigError if `read` would not show what the model itself computes.
         check_packing: `(model, batch_size)` raises a ConfigError if the model cannot keep packed documents apart.
@@ -32,6 +33,7 @@ class Adapter:
 
     unit: Literal["token", "example"]
     rows: Kind
+    backbone: Callable[[nn.Module], nn.Module]
     read: Callable[..., Outputs]
     check: Callable[[nn.Module], None]
     check_packing: Callable[[nn.Module, int], None]

@@ -181,6 +181,7 @@ def head_parameters(model: nn.Module) -> list[Tensor]:
 CAUSAL_LM = Adapter(
     unit="token",
     rows=Kind.DISTRIBUTION,
+    backbone=lambda model: unwrap(model).get_decoder(),
     read=read,
     check=check_head,
     check_packing=check_packing,

@@ -115,6 +115,7 @@ def _pad_token(config: Any) -> int | None:
 CLASSIFIER = Adapter(
     unit="example",
     rows=Kind.DISTRIBUTION,
+    backbone=unwrap,
     read=read,
     check=check,
     check_packing=check_packing,

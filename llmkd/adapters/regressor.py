@@ -25,6 +25,7 @@ def check(model: nn.Module) -> None:
 REGRESSOR = Adapter(
     unit="example",
     rows=Kind.VALUE,
+    backbone=unwrap,
     read=read,
     check=check,
     check_packing=check_packing,

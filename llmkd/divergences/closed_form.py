@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from inspect import isfunction
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+log = logging.getLogger(__name__)
 ValueAndGrad = Callable[..., tuple[Tensor, Tensor]]
 F = TypeVar("F", bound=Callable[..., Tensor])
 
@@ -29,12 +32,36 @@ def with_grad(value_and_grad: ValueAndGrad) -> Callable[[F], F]:
     return attach
 
 
-def closed_form(fn: Callable[..., Any]) -> ValueAndGrad | None:
-    """The closed form that a divergence carries, with its knobs bound, or None; a module's is a method of it."""
+def closed_form(fn: Callable[..., Any], one_kernel: bool = False) -> ValueAndGrad | None:
+    """The closed form that a divergence carries, with its knobs bound, or None; a module's is a method of it.
+
+    `one_kernel` asks for it as `fused` makes it, if it is a function: what a module holds may move with the steps.
+    """
     if isinstance(fn, partial):
-        inner = closed_form(fn.func)
+        inner = closed_form(fn.func, one_kernel)
         return partial(inner, *fn.args, **fn.keywords) if inner else None
-    return getattr(fn, "value_and_grad", None)
+    form = getattr(fn, "value_and_grad", None)
+    return fused(form) if one_kernel and isfunction(form) else form
+
+
+@cache
+def fused(form: ValueAndGrad) -> ValueAndGrad:
+    """The closed form as torch.compile fuses it; from the first failure on, as it is."""
+    compiled, works = torch.compile(form, dynamic=True), True
+
+    def call(*rows: Tensor, **knobs: Any) -> tuple[Tensor, Tensor]:
+        nonlocal works
+        if works:
+            try:
+                return compiled(*rows, **knobs)
+            except Exception as error:  # no Triton, no compiler, a wrong knob: the plain form works, or says more
+                works = False
+                log.warning(
+                    "%s is not fused into one kernel: %s", form.__name__, next(iter(str(error).splitlines()), "")
+                )
+        return form(*rows, **knobs)
+
+    return call
 
 
 def through_softmax(slope: Tensor, q: Tensor) -> Tensor:
