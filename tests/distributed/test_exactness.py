@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 RELATIVE = 1e-5
 FRAMEWORKS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 WRAPS = {"ddp": "MULTI_CPU", "fsdp2": "FSDP"}  # as accelerate names them
-TIMEOUT = 180
+TIMEOUT = 400
 PAIRS = [pytest.param(f, case, id=f"{f}-{case.name}") for f in FRAMEWORKS for case in CASES]
 NAMED = {case.name: case for case in CASES}
 
