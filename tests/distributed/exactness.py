@@ -163,7 +163,8 @@ def history(made: DistillTrainer) -> list[dict[str, float]]:
 
 def looks(made: DistillTrainer) -> list[dict[str, float]]:
     """What a run with domains measured of them, and how it moved r."""
-    return [entry for entry in made.state.log_history if any(name.startswith("domain/") for name in entry)]
+    entries = [entry for entry in made.state.log_history if any(name.startswith("domain/") for name in entry)]
+    return [{name: value for name, value in entry.items() if name != "seconds"} for entry in entries]
 
 
 def evaluation(made: DistillTrainer) -> dict[str, float]:
