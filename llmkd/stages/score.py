@@ -101,7 +101,7 @@ class Score(Stage):
         for column in (*self._format, *([self.domain] if self.domain else [])):
             if column not in given:
                 raise DataError(f"data: got columns {', '.join(given)}; expected '{column}'. Map it with data.columns.")
-        if self.pack and given["text"] != Value("string"):
+        if self.pack and given["text"] not in (Value("string"), Value("large_string")):
             raise DataError(
                 f"data: got text of type {given['text']}; expected strings. Set stage.pack=false for chunks."
             )
