@@ -119,9 +119,9 @@ def _run(config: dict[str, Any], folder: Path, keep: bool = False) -> dict[str, 
         train(without, folder, resume=folder.exists(), announce=lambda text: None)
         (student,) = find(str(folder), [])[1]
         scoring.evaluate(folder, [student], config, None, None, lambda text: None)
-        if not keep:
-            shutil.rmtree(folder / "student")
         file.write_text(json.dumps(round(time.perf_counter() - started, 1)))
+    if not keep:
+        shutil.rmtree(folder / "student", ignore_errors=True)
     (task,) = results.read(folder)["tasks"].values()
     metrics = {metric: number["value"] for metric, number in task["models"]["student"].items()}
     return {"metrics": metrics, "n": task["n"], "seconds": json.loads(file.read_text())}
