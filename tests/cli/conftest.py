@@ -14,7 +14,7 @@ import huggingface_hub
 import pytest
 import yaml
 from driver import Result, Server
-from place import WORDS, make_models, recipe_of, write_rows
+from place import STAGE_ROWS, WORDS, make_models, recipe_of, write_rows
 
 
 @pytest.fixture(scope="session")
@@ -101,3 +101,30 @@ def _trained(server: Server, models: Path, place: Path, peft: dict[str, Any] | N
     done = server("train", place / "recipe.yaml")
     assert done.code == 0, done.err
     return place / "run"
+
+
+@pytest.fixture
+def stage_recipe(tmp_path):
+    """Factory: a recipe of stages:Shout over 23 rows; keywords replace keys."""
+    rows = write_rows(tmp_path / "rows.jsonl", STAGE_ROWS)
+
+    def write(name: str = "stage", **changes) -> Path:
+        config = {
+            "stage": {"name": "stages:Shout"},
+            "data": {"path": str(rows)},
+            "output_dir": str(tmp_path / name),
+            "rows_per_shard": 5,
+        }
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump({**config, **changes}))
+        return file
+
+    return write
+
+
+@pytest.fixture
+def whole(llmkd, stage_recipe, tmp_path) -> Path:
+    """The folder of an undisturbed run on one process."""
+    done = llmkd("stage", stage_recipe("whole"))
+    assert done.code == 0, done.err
+    return tmp_path / "whole"

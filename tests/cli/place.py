@@ -11,6 +11,7 @@ import torch
 from llmkd.students.tiny import byte_tokenizer, tiny_config, tiny_model
 
 WORDS = ("cat", "dog", "sat", "on", "the", "mat", "ran", "off")
+STAGE_ROWS = [{"text": f"row {number}" if number % 3 else "lonely"} for number in range(23)]
 
 
 def make_models(folder: Path) -> None:
@@ -50,3 +51,8 @@ def recipe_of(models: Path) -> dict[str, Any]:
             "report_to": "none",
         },
     }
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder, by its path inside."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from place import WORDS, write_rows
+from place import WORDS, files, write_rows
 
 from llmkd.data.load import SourceSpec, load_rows
 from llmkd.students.tiny import byte_tokenizer, tiny_config, tiny_model
@@ -17,10 +17,6 @@ from llmkd.students.tiny import byte_tokenizer, tiny_config, tiny_model
 RECIPES = Path(__file__).parents[2] / "recipes" / "miniplm"
 QUICK = {"max_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "bf16": False}
 TRAIN = [f"train.{key}={value}" for key, value in QUICK.items()] + ["train.warmup_steps=1", "train.report_to=none"]
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture

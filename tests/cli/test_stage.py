@@ -2,52 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import yaml
-from place import write_rows
+from place import STAGE_ROWS, files, write_rows
 
 from llmkd.data.load import SourceSpec, load_rows
 from llmkd.data.manifest import read_manifest
-
-ROWS = [{"text": f"row {number}" if number % 3 else "lonely"} for number in range(23)]
-SHARDS = 5  # of five rows
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-@pytest.fixture
-def stage_recipe(tmp_path):
-    """Factory: a recipe of stages:Shout over 23 rows; keywords replace keys."""
-    rows = write_rows(tmp_path / "rows.jsonl", ROWS)
-
-    def write(name: str = "stage", **changes) -> Path:
-        config = {
-            "stage": {"name": "stages:Shout"},
-            "data": {"path": str(rows)},
-            "output_dir": str(tmp_path / name),
-            "rows_per_shard": 5,
-        }
-        file = tmp_path / f"{name}.yaml"
-        file.write_text(yaml.safe_dump({**config, **changes}))
-        return file
-
-    return write
-
-
-@pytest.fixture
-def whole(llmkd, stage_recipe, tmp_path) -> Path:
-    """The folder of an undisturbed run on one process."""
-    done = llmkd("stage", stage_recipe("whole"))
-    assert done.code == 0, done.err
-    return tmp_path / "whole"
 
 
 def same_bytes(folder: Path, whole: Path) -> bool:
@@ -175,7 +139,7 @@ def test_a_folder_of_another_config_names_the_first_key(llmkd, stage_recipe, who
 
 
 def test_other_rows_are_another_stage(llmkd, stage_recipe, whole, tmp_path):
-    write_rows(tmp_path / "rows.jsonl", [*ROWS[:-1], {"text": "another row"}])
+    write_rows(tmp_path / "rows.jsonl", [*STAGE_ROWS[:-1], {"text": "another row"}])
     assert "data.sample" in llmkd("stage", stage_recipe("whole")).error
 
 
@@ -189,81 +153,6 @@ def test_a_folder_of_something_else_is_left_alone(llmkd, stage_recipe, tmp_path)
     (tmp_path / "stage" / "thesis.txt").write_text("mine")
     assert "no stage" in llmkd("stage", stage_recipe()).error
     assert files(tmp_path / "stage") == {"thesis.txt": b"mine"}
-
-
-def test_verify_of_a_whole_folder(llmkd, whole):
-    done = llmkd("stage", "--verify", whole)
-    assert done.code == 0
-    assert "5 shards and their checksums are whole; 23 rows read, 15 written, rejected: one_word 8" in done.out
-
-
-def flip(file: Path) -> None:
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(data)
-
-
-def other_rows(file: Path) -> None:
-    pq.write_table(pa.table({"text": ["a"], "length": [1], "example_id": [5]}), file)
-
-
-DAMAGE = {
-    "a bit flipped": (flip, "checksum"),
-    "cut short": (lambda file: file.write_bytes(file.read_bytes()[:-9]), "bytes; expected"),
-    "missing": (lambda file: file.unlink(), "is missing"),
-}
-
-
-@pytest.mark.parametrize("what", DAMAGE)
-def test_a_damaged_shard_is_named_and_only_it_is_made_again(llmkd, stage_recipe, whole, tmp_path, what):
-    before, (break_it, words) = files(whole), DAMAGE[what]
-    damaged = whole / "shard-00002.parquet"
-    break_it(damaged)
-    reader = stage_recipe("reader", data={"path": str(whole)})
-    for error in (llmkd("stage", "--verify", whole).error, llmkd("stage", reader).error):
-        assert "shard-00002.parquet" in error
-        assert words in error
-        assert "only this shard" in error
-    with pytest.raises(ValueError, match="shard-00002"):
-        load_rows(SourceSpec(path=str(whole)))
-    damaged.unlink(missing_ok=True)
-    times = {path.name: path.stat().st_mtime_ns for path in whole.glob("shard*")}
-    assert llmkd("stage", stage_recipe("whole")).code == 0
-    assert files(whole) == before
-    assert {path.name: path.stat().st_mtime_ns for path in whole.glob("shard*")}.items() >= times.items()
-
-
-def lie(folder: Path, change) -> None:
-    """Change the manifest, and the checksums with it."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    change(manifest)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-
-
-LIES = {
-    "another row count": (lambda m: m["shards"][1].update(rows=9), "expected 9"),
-    "an id of another shard": (lambda m: m["shards"][3].update(first_id=1), "after"),
-    "a path that leaves the folder": (lambda m: m["shards"][0].update(file="../rows.jsonl"), "inside the folder"),
-    "no checksum": (lambda m: m["shards"][0].update(sha256="none"), "shards.0.sha256"),
-    "another version": (lambda m: m.update(version=2), "version"),
-}
-
-
-@pytest.mark.parametrize("what", LIES)
-def test_a_manifest_that_lies_is_refused(llmkd, whole, what):
-    change, words = LIES[what]
-    lie(whole, change)
-    assert words in llmkd("stage", "--verify", whole).error
-
-
-def test_a_shard_with_an_id_twice_is_refused(llmkd, whole):
-    table = pq.read_table(whole / "shard-00001.parquet")
-    pq.write_table(pa.concat_tables([table, table]), whole / "shard-00001.parquet")
-    import hashlib
-
-    data = (whole / "shard-00001.parquet").read_bytes()
-    lie(whole, lambda m: m["shards"][1].update(rows=6, bytes=len(data), sha256=hashlib.sha256(data).hexdigest()))
-    assert "id twice" in llmkd("stage", "--verify", whole).error
 
 
 @pytest.mark.parametrize(("name", "words"), [("Repeats", "twice or out of order"), ("Uneven", "all of one length")])
