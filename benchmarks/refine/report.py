@@ -47,8 +47,8 @@ def _domain_findings(found: Mapping[str, Any]) -> str:
             f"The domain that is farthest from the teacher is mostly {worst[0][0]}." if worst else "",
             f"{len(windows)} domains with {min(windows.values())} to {max(windows.values())} windows of {settings['length']} "
             f"tokens; {settings['steps']} steps of {settings['batch']} windows, r moved every {settings['interval']}; the "
-            "student (the quickstart's, first distilled on other text) and the loss (cross-entropy + 0.2 forward KL, the "
-            "paper's) are the same for all.",
+            f"student keeps {len(settings['model']['layers'])} of the teacher's layers, and the loss is the quickstart's, "
+            "under which KL falls, for all of them. (The paper's is cross-entropy + 0.2 KL.)",
         ]
     )
 

@@ -92,7 +92,7 @@ def fake(mean_kl: dict[str, list[float]]) -> dict:
         for arm, values in mean_kl.items()
         for seed, value in enumerate(values, 1)
     ]
-    settings = {"ddk": {"length": 64, "batch": 4, "steps": 10, "interval": 5}}
+    settings = {"ddk": {"model": {"layers": [0, 1]}, "length": 64, "batch": 4, "steps": 10, "interval": 5}}
     shared = {"start": {"mean_kl": 2.0, "worst_kl": 3.0}, "windows": {"wiki": 10, "code": 30}}
     return {
         "runs": runs,
