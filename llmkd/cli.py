@@ -1,4 +1,4 @@
-"""The command line: `llmkd train RECIPE`, `llmkd list`."""
+"""The command line: train, stage, evaluate, card, push, report, list."""
 
 from __future__ import annotations
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import nn
 
-from llmkd.adapters.base import Adapter, unwrap
-from llmkd.adapters.classifier import check_packing, check_pad_token, columns, head, read, width
-from llmkd.agreement import measure_values, summary_of_classes
+from llmkd.adapters.base import unwrap
+from llmkd.adapters.classifier import CLASSIFIER, check_pad_token
+from llmkd.agreement import measure_values
 from llmkd.errors import ConfigError
 from llmkd.types import Kind
 
@@ -22,16 +24,4 @@ def check(model: nn.Module) -> None:
     check_pad_token(model)
 
 
-REGRESSOR = Adapter(
-    unit="example",
-    rows=Kind.VALUE,
-    backbone=unwrap,
-    read=read,
-    check=check,
-    check_packing=check_packing,
-    width=width,
-    columns=columns,
-    head=head,
-    measure=measure_values,
-    summary=summary_of_classes,
-)
+REGRESSOR = replace(CLASSIFIER, rows=Kind.VALUE, check=check, measure=measure_values)
