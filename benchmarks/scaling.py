@@ -22,6 +22,7 @@ CURVES = {
     "vocabulary": (4096, 8192, 16384, 32768, 65536, 151936),
     "batch": (1, 2, 4, 8),
 }
+BYTES = 259  # tokens of the byte tokenizer
 METHODS = ("limit", "llmkd", "gkd")
 LABELS = {"limit": "limit (backbones and head GEMMs)", "llmkd": "llmkd", "gkd": "TRL GKD, lmbda = 0"}
 WIDTHS = {"student": (256, 4), "teacher": (384, 6)}  # hidden size, layers
@@ -42,7 +43,10 @@ def scaling(repeats: int, against: Path | None) -> None:
 def _point(axis: str, value: int, folder: Path, repeats: int) -> dict[str, Any]:
     place = {**BASE, axis: value}
     student, teacher = (_model(*WIDTHS[name], place["vocabulary"]) for name in ("student", "teacher"))
-    setting = trainers.Setting(student, teacher, byte_tokenizer(), folder, {})
+    tokenizer = byte_tokenizer(
+        tuple(f"<{i}>" for i in range(place["vocabulary"] - BYTES))
+    )  # else its tokens are compared alone
+    setting = trainers.Setting(student, teacher, tokenizer, folder, {})
     runs = {method: trainers.METHODS[method](setting, [_batch(**place)]) for method in METHODS}
     measured = interleave(runs, repeats)
     best = {method: one.seconds for method, one in measured.items()}
