@@ -43,9 +43,7 @@ def scaling(repeats: int, against: Path | None) -> None:
 def _point(axis: str, value: int, folder: Path, repeats: int) -> dict[str, Any]:
     place = {**BASE, axis: value}
     student, teacher = (_model(*WIDTHS[name], place["vocabulary"]) for name in ("student", "teacher"))
-    tokenizer = byte_tokenizer(
-        tuple(f"<{i}>" for i in range(place["vocabulary"] - BYTES))
-    )  # else its tokens are compared alone
+    tokenizer = byte_tokenizer(tuple(f"<{i}>" for i in range(place["vocabulary"] - BYTES)))
     setting = trainers.Setting(student, teacher, tokenizer, folder, {})
     runs = {method: trainers.METHODS[method](setting, [_batch(**place)]) for method in METHODS}
     measured = interleave(runs, repeats)
