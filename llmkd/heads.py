@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmkd.support import coarsen, log_softmax, log_tail
+from llmkd.support import coarsen, log_softmax, log_tail, name_all
 
 WIDENED = 2**13  # rows of a weight gradient in half precision at a time, on their way into float32
 
@@ -184,15 +184,20 @@ class HeadRows:
 
 
 class TopKRows:
-    """A teacher's K best events a row; whatever mass they leave is one tail event (none when K = V).
+    """A teacher's K events a row; whatever mass they leave is one tail event (none when K = V).
 
     Args:
-        ids: [n, K] token ids, distinct in a row. log_probs: [n, K] nats, over the whole vocabulary.
+        ids: [n, K] token ids, distinct in a row; -1 is no event, for rows that have fewer (K = V if every row has all).
+        log_probs: [n, K] nats, over the whole vocabulary; -inf where there is no event.
         vocab_size: V. temperature: at which the log-probabilities were recorded.
+        sampled: the events are drawn, and their weights an unbiased estimate of all probabilities: there is no tail.
     """
 
-    def __init__(self, ids: Tensor, log_probs: Tensor, vocab_size: int, temperature: float = 1.0) -> None:
+    def __init__(
+        self, ids: Tensor, log_probs: Tensor, vocab_size: int, temperature: float = 1.0, sampled: bool = False
+    ) -> None:
         self.ids, self.log_probs, self.vocab_size, self.temperature = ids, log_probs, vocab_size, temperature
+        self.sampled = sampled
 
     def __len__(self) -> int:
         return self.ids.shape[0]
@@ -209,16 +214,16 @@ class TopKRows:
         """Itself: there is nothing to cast."""
         return self
 
-    def pick(self, chosen: Tensor) -> TopKRows:
-        """The rows of these indices."""
-        return TopKRows(self.ids[chosen], self.log_probs[chosen], self.vocab_size, self.temperature)
-
     def space(self, rows: int) -> None:
         """Nothing is projected."""
 
     def block(self, rows: slice, space: Tensor | None) -> TopKRows:
         """Some of the rows."""
-        return TopKRows(self.ids[rows], self.log_probs[rows], self.vocab_size, self.temperature)
+        return self.pick(rows)
+
+    def pick(self, rows: slice | Tensor) -> TopKRows:
+        """Some of the rows, by a slice or by their numbers."""
+        return TopKRows(self.ids[rows], self.log_probs[rows], self.vocab_size, self.temperature, self.sampled)
 
     def align(self, rows: slice, log_s: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Both models' log-probabilities on the same K events and the tail; see `support.pair`."""
@@ -229,7 +234,9 @@ class TopKRows:
         if temperature != self.temperature:
             raise ValueError(f"temperature is {temperature}, the teacher's rows were recorded at {self.temperature}")
         ids, log_t = self.ids[rows], self.log_probs[rows].to(log_s.dtype)
-        if ids.shape[-1] < self.vocab_size:
+        if self.sampled:
+            return log_t, log_s.gather(-1, name_all(ids)).masked_fill(ids < 0, float("-inf"))
+        if ids.shape[-1] != self.vocab_size:
             log_t = torch.cat([log_t, log_tail(log_t)], dim=-1)
         return log_t, coarsen(log_s, ids)
 
@@ -241,8 +248,9 @@ class TopKRows:
         ids, kept = self.ids[rows], slope[:, : self.ids.shape[-1]]
         if kept.shape == slope.shape:
             return slope.new_empty(log_s.shape).scatter_(-1, ids, kept)
-        shares = torch.softmax(log_s.scatter(-1, ids, float("-inf")), -1)
-        return shares.nan_to_num_(0.0).mul_(slope[:, -1:]).scatter_(-1, ids, kept)
+        kept, ids = kept.masked_fill(ids < 0, 0.0), name_all(ids)
+        shares = torch.softmax(log_s.scatter(-1, ids, float("-inf")), -1)  # 0 at the ids
+        return shares.nan_to_num_(0.0).mul_(slope[:, -1:]).scatter_add_(-1, ids, kept)
 
     def find(self, rows: slice, label: Tensor) -> Tensor:
         """The event [m] of each label: its place among the K ids, or K, the tail."""

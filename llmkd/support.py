@@ -41,12 +41,21 @@ def pair(student_logits: Tensor, teacher: Rows, rows: slice, temperature: float 
 
 
 def coarsen(log_p: Tensor, ids: Tensor) -> Tensor:
-    """Keep the events `ids` [n, K] of `log_p` [n, V] and sum all others into one tail: [n, K + 1], or [n, V] if K = V."""
-    kept = log_p.gather(-1, ids)
+    """Keep the events `ids` [n, K] of `log_p` [n, V] and sum all others into one tail: [n, K + 1], or [n, V] if K = V.
+
+    An id of -1 is no event: it gets log 0.
+    """
+    named, ids = ids >= 0, name_all(ids)
+    kept = log_p.gather(-1, ids).masked_fill(~named, float("-inf"))
     if ids.shape[-1] == log_p.shape[-1]:
         return kept
     tail = log_p.scatter(-1, ids, float("-inf")).logsumexp(-1, keepdim=True)
     return torch.cat([kept, tail], dim=-1)
+
+
+def name_all(ids: Tensor) -> Tensor:
+    """Ids [n, K] with their row's first one in place of -1."""
+    return torch.where(ids >= 0, ids, ids[:, :1])
 
 
 def log_tail(log_p: Tensor) -> Tensor:

@@ -131,7 +131,7 @@ class SinKD(Objective):
                     f"sinkd.temperature: got {self.temperature}, but the teacher's rows were recorded at "
                     f"{teacher.temperature}; expected the same. Set temperature={teacher.temperature}."
                 )
-            ids = teacher.ids.unique()
+            ids = teacher.ids[teacher.ids >= 0].unique()
             return ids, partial(_cost_to_top_k, teacher=teacher, place=torch.searchsorted(ids, teacher.ids))
         ids = None
         if self.top_k < vocab_size:
@@ -190,15 +190,16 @@ def _along(log_t: Tensor | None, log_s: Tensor, slope: Tensor, *, ids: Tensor | 
 def _cost_to_top_k(q: Tensor, teacher: TopKRows, place: Tensor) -> Tensor:
     """W_ij over the K ids of teacher row j and its tail, [n, n]; `place` [n, K] are the ids' columns in `q`."""
     p = teacher.log_probs.to(q.dtype).exp()
-    tail = place.shape[-1] < teacher.vocab_size
+    named = (teacher.ids >= 0).to(q.dtype)
+    tail = place.shape[-1] != teacher.vocab_size
 
-    def block(q: Tensor, place: Tensor, p: Tensor) -> Tensor:
-        gap = q[:, place] - p
+    def block(q: Tensor, place: Tensor, p: Tensor, named: Tensor) -> Tensor:
+        gap = (q[:, place] - p) * named
         distance = gap.abs().sum(-1)
         return distance + gap.sum(-1).abs() if tail else distance  # the tails differ by what the ids do not
 
     size = max(1, BLOCK_ELEMENTS // max(1, len(q) * place.shape[-1]))
-    parts = zip(place.split(size), p.split(size), strict=True)
+    parts = zip(place.split(size), p.split(size), named.split(size), strict=True)
     return torch.cat([checkpoint(block, q, *part, use_reentrant=False) for part in parts], dim=1)  # type: ignore[arg-type]
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from llmkd.errors import ConfigError
 from llmkd.objectives.base import Objective
 from llmkd.rows import DenseRows, HeadRows, Term, TopKRows, look, pick, reduce
+from llmkd.support import name_all
 from llmkd.types import Batch, Loss, Outputs, Signal
 
 
@@ -100,8 +101,9 @@ def _of_top_k(teacher: TopKRows) -> tuple[Tensor, Tensor, Tensor]:
         )
     first, second = teacher.ids.unflatten(0, (2, -1))
     p_first, p_second = teacher.log_probs.exp().unflatten(0, (2, -1))
-    single, place = _find(first, second)
-    return first, single, torch.stack([p_first, p_second.gather(-1, place)])
+    both, place = _find(first, second)
+    single = both & (first >= 0)
+    return name_all(first), single, torch.stack([p_first, p_second.gather(-1, place)])
 
 
 def _find(ids: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
