@@ -45,9 +45,14 @@ def open_source(spec: SourceSpec) -> Source:
     """The rows of a `data:` block: of a stage's folder where it is one.
 
     Raises:
-        DataError: missing, empty, damaged or unfinished data, or a column that is not there.
+        DataError: missing, empty, damaged or unfinished data, a column that is not there, or one of domains.
     """
     path = spec.path
+    if spec.domain_column is not None:
+        raise DataError(
+            f"data.domain_column: got '{spec.domain_column}'; expected none: a stage keeps every column and reads no domains. "
+            "Remove it."
+        )
     if isinstance(path, str) and is_stage(Path(path).expanduser()):
         if spec.columns or spec.name or spec.revision or spec.split != "train":
             raise DataError(

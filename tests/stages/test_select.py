@@ -9,11 +9,12 @@ import pytest
 from datasets import Dataset
 
 from llmkd.config import build
+from llmkd.data.load import SourceSpec
 from llmkd.errors import ConfigError, DataError
 from llmkd.stages import TABLES, Select
 from llmkd.stages.order import Block, cuts, keys_of
 from llmkd.stages.scores import Column, Difference, Perplexity, Random
-from llmkd.stages.source import LoadedRows
+from llmkd.stages.source import LoadedRows, open_source
 
 TEACHER = [1.24, 2.36, 0.16, 3.0, 2.5, 1.9]
 REFERENCE = [1.28, 5.59, 2.73, 2.8, 3.3, 2.6]
@@ -187,3 +188,9 @@ def test_a_column_that_is_not_there_is_named():
 def test_a_recipe_names_a_score_and_its_options():
     stage = build("stage", {"name": "select", "score": {"name": "difference", "of": "sum"}, "ratio": 0.5}, TABLES)
     assert stage.score == Difference(of="sum")
+
+
+def test_a_stage_reads_no_domains(tmp_path):
+    spec = SourceSpec(path=str(tmp_path / "rows.jsonl"), domain_column="kind")
+    with pytest.raises(DataError, match=r"data.domain_column: got 'kind'; expected none.*Remove it"):
+        open_source(spec)
