@@ -14,6 +14,7 @@ from benchmarks.measure import interleave
 from benchmarks.record import Against, finish, header
 from benchmarks.samples import Batch, batches, samples, shape
 from benchmarks.scaling import scaling as curves
+from benchmarks.switches import switches
 from llmkd.students.depth import depth
 from llmkd.teachers.local import local
 
@@ -32,9 +33,15 @@ def step(
     scaling: Annotated[
         bool, typer.Option("--scaling", help="Curves over length, vocabulary and batch instead.")
     ] = False,
+    switched: Annotated[
+        bool, typer.Option("--switches", help="llmkd alone with bf16, checkpointing, compile, ... instead.")
+    ] = False,
     against: Annotated[Path | None, Against] = None,
 ) -> None:
-    """Measure whole training steps; writes step.json, or scaling.json and its plots. About 12 minutes on two cores."""
+    """Measure whole training steps; writes step.json, or scaling.json and its plots, or switches.json.
+
+    About 12 minutes on two cores.
+    """
     trainers.quiet()
     if scaling:
         curves(repeats, against)
@@ -47,6 +54,9 @@ def step(
     with tempfile.TemporaryDirectory() as folder:
         options = {"bf16": dtype == "bfloat16"}
         setting = trainers.Setting(student, teacher.model, teacher.tokenizer, Path(folder), options)
+        if switched:
+            switches(setting, batches(rows, SIZE, steps, True, pad), repeats, against)
+            return
         for grouped in (False, True):
             given = batches(rows, SIZE, steps, grouped, pad)
             methods = ("limit", "optimizer", "llmkd") if grouped else tuple(trainers.METHODS)

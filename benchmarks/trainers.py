@@ -45,7 +45,7 @@ class Setting:
 
     def arguments(self, kind: type[TrainingArguments], given: list[Batch], **own: Any) -> Any:
         """Arguments of one epoch."""
-        return kind(output_dir=str(self.folder), max_steps=len(given), **{**OPTIONS, **self.options, **own})
+        return kind(output_dir=str(self.folder), **{"max_steps": len(given), **OPTIONS, **self.options, **own})
 
 
 Method = Callable[[Setting, list[Batch]], Callable[[], Any]]
