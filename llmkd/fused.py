@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from llmkd.divergences.closed_form import closed_form
-from llmkd.heads import DenseRows, HeadRows, TopKRows
+from llmkd.events import TopKRows
+from llmkd.heads import DenseRows, HeadRows
 from llmkd.support import log_softmax
 
 CACHED_ELEMENTS = 2**18  # 1 MiB of float32: a few such tensors stay in a CPU's cache
@@ -112,7 +113,9 @@ class _Tally:
         dtype = torch.promote_types(like.dtype, torch.float32)
         self.total = torch.zeros((), dtype=dtype, device=like.device)
         self.sums = torch.zeros(len(terms), dtype=dtype, device=like.device)
-        whole = need_logits and not (isinstance(teacher, TopKRows) and teacher.sampled)  # closed forms need all the mass
+        whole = need_logits and not (
+            isinstance(teacher, TopKRows) and teacher.sampled
+        )  # closed forms need all the mass
         closed = (closed_form(term.fn, one_kernel=like.is_cuda) for term in terms)
         self.closed = [form if whole and term.scale != 0 else None for form, term in zip(closed, terms, strict=True)]
         learns = need_logits or bool(trained)

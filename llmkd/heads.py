@@ -1,4 +1,4 @@
-"""Where rows of logits come from: dense logits, a head on hidden states, or a teacher's top-k events."""
+"""Where rows of logits come from: dense logits, or a head on hidden states."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmkd.support import coarsen, log_softmax, log_tail, name_all
+from llmkd.support import log_softmax
 
 WIDENED = 2**13  # rows of a weight gradient in half precision at a time, on their way into float32
 
@@ -181,81 +181,6 @@ class HeadRows:
             _add_product(into[1][: self._columns], grad, hidden)
         if len(into) > 2 and into[2] is not None:
             into[2][: self._columns] += grad.sum(0, dtype=into[2].dtype)
-
-
-class TopKRows:
-    """A teacher's K events a row; whatever mass they leave is one tail event (none when K = V).
-
-    Args:
-        ids: [n, K] token ids, distinct in a row; -1 is no event, for rows that have fewer (K = V if every row has all).
-        log_probs: [n, K] nats, over the whole vocabulary; -inf where there is no event.
-        vocab_size: V. temperature: at which the log-probabilities were recorded.
-        sampled: the events are drawn, and their weights an unbiased estimate of all probabilities: there is no tail.
-    """
-
-    def __init__(
-        self, ids: Tensor, log_probs: Tensor, vocab_size: int, temperature: float = 1.0, sampled: bool = False
-    ) -> None:
-        self.ids, self.log_probs, self.vocab_size, self.temperature = ids, log_probs, vocab_size, temperature
-        self.sampled = sampled
-
-    def __len__(self) -> int:
-        return self.ids.shape[0]
-
-    def tensors(self) -> list[Tensor]:
-        """Nothing that could have a gradient."""
-        return []
-
-    def using(self, tensors: Sequence[Tensor]) -> TopKRows:
-        """Itself: there is nothing to gather."""
-        return self
-
-    def cast(self, autocast: bool) -> TopKRows:
-        """Itself: there is nothing to cast."""
-        return self
-
-    def space(self, rows: int) -> None:
-        """Nothing is projected."""
-
-    def block(self, rows: slice, space: Tensor | None) -> TopKRows:
-        """Some of the rows."""
-        return self.pick(rows)
-
-    def pick(self, rows: slice | Tensor) -> TopKRows:
-        """Some of the rows, by a slice or by their numbers."""
-        return TopKRows(self.ids[rows], self.log_probs[rows], self.vocab_size, self.temperature, self.sampled)
-
-    def align(self, rows: slice, log_s: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Both models' log-probabilities on the same K events and the tail; see `support.pair`."""
-        if log_s.shape[-1] != self.vocab_size:
-            raise ValueError(
-                f"student vocabulary is {log_s.shape[-1]}, the teacher's rows were made with {self.vocab_size}"
-            )
-        if temperature != self.temperature:
-            raise ValueError(f"temperature is {temperature}, the teacher's rows were recorded at {self.temperature}")
-        ids, log_t = self.ids[rows], self.log_probs[rows].to(log_s.dtype)
-        if self.sampled:
-            return log_t, log_s.gather(-1, name_all(ids)).masked_fill(ids < 0, float("-inf"))
-        if ids.shape[-1] != self.vocab_size:
-            log_t = torch.cat([log_t, log_tail(log_t)], dim=-1)
-        return log_t, coarsen(log_s, ids)
-
-    def spread(self, rows: slice, slope: Tensor, log_s: Tensor) -> Tensor:
-        """From the derivative by the events' logits, [m, K] or [m, K + 1], to that by the logits z of log_s, [m, V].
-
-        d/dz_v is that of the event v; what the tail is due goes to its tokens by their share of it.
-        """
-        ids, kept = self.ids[rows], slope[:, : self.ids.shape[-1]]
-        if kept.shape == slope.shape:
-            return slope.new_empty(log_s.shape).scatter_(-1, ids, kept)
-        kept, ids = kept.masked_fill(ids < 0, 0.0), name_all(ids)
-        shares = torch.softmax(log_s.scatter(-1, ids, float("-inf")), -1)  # 0 at the ids
-        return shares.nan_to_num_(0.0).mul_(slope[:, -1:]).scatter_add_(-1, ids, kept)
-
-    def find(self, rows: slice, label: Tensor) -> Tensor:
-        """The event [m] of each label: its place among the K ids, or K, the tail."""
-        found = self.ids[rows] == label.unsqueeze(-1)
-        return torch.where(found.any(-1), found.int().argmax(-1), found.shape[-1])
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ def for_events(chosen: Policy, vocab_size: int) -> Callable[[Tensor, Tensor, Ten
     """The policy as `Term.policy` calls it: rows of fewer events than tokens have a tail."""
 
     def weigh(log_t: Tensor, log_s: Tensor, label: Tensor) -> Tensor:
-        return chosen(log_t, log_s, label, log_t.shape[-1] < vocab_size)
+        return chosen(log_t, log_s, label, log_t.shape[-1] != vocab_size)
 
     return weigh
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from llmkd.events import TopKRows
 from llmkd.fused import FusedSum, Term
-from llmkd.heads import DenseRows, HeadRows, TopKRows, full
+from llmkd.heads import DenseRows, HeadRows, full
 from llmkd.support import log_softmax, pair
 
 __all__ = ["DenseRows", "HeadRows", "Term", "TopKRows", "full", "look", "per_row", "pick", "reduce", "weighted_sum"]

@@ -54,8 +54,8 @@ def coarsen(log_p: Tensor, ids: Tensor) -> Tensor:
 
 
 def name_all(ids: Tensor) -> Tensor:
-    """Ids [n, K] with their row's first one in place of -1."""
-    return torch.where(ids >= 0, ids, ids[:, :1])
+    """Ids [n, K] with another of their row in place of -1; a row has at least one event."""
+    return torch.where(ids >= 0, ids, ids.amax(-1, keepdim=True))
 
 
 def log_tail(log_p: Tensor) -> Tensor:

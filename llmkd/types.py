@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from llmkd.combined import MeanRows, SurerRows
+    from llmkd.combined import Combined
     from llmkd.rows import DenseRows, HeadRows, TopKRows
 
-    Rows = HeadRows | DenseRows | TopKRows | MeanRows | SurerRows
+    Rows = HeadRows | DenseRows | TopKRows | Combined
 
 Batch = Mapping[str, Tensor]
 """input_ids, attention_mask, position_ids [B, T]; labels with -100 = not supervised.
 
+ids [D]: what the documents are called, on the host (`data.ids`), for a teacher that reads a store.
 labels [B, T] are tokens, never one at position 0: a row predicts the next token. labels [B] are classes, or values of a
 regression: a row an example.
 """
@@ -37,12 +38,26 @@ class Kind(StrEnum):
 
 
 class Signal(StrEnum):
-    """What a model can show to an objective."""
+    """What a model can show to an objective.
+
+    `samples` are rows drawn from its distribution: enough for what is linear in its probabilities, and for nothing else.
+    """
 
     LOGITS = "logits"
+    SAMPLES = "samples"
     HIDDEN_STATES = "hidden_states"
     ATTENTIONS = "attentions"
     LABELS = "labels"
+
+
+@dataclass(frozen=True)
+class Routes:
+    """Where a batch's examples are from, on the host: `domains`, a value for each of the B examples; and of the D documents
+    that have a supervised row, in batch order, the `examples` [D] that they are in and the number of their `rows` [D]."""
+
+    domains: list[Any]
+    examples: Any
+    rows: Any
 
 
 @dataclass
@@ -56,6 +71,11 @@ class Outputs:
     rows: Rows | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+
+
+def tensors_of(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What a wrapped model gets of a batch: all but what stays on the host, which is for the teacher."""
+    return {name: value for name, value in batch.items() if isinstance(value, Tensor)}
 
 
 def supervised_rows(batch: Batch) -> Tensor:
