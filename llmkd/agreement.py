@@ -58,6 +58,8 @@ def _sums(
 ) -> dict[str, Tensor]:
     """`of_one`, functions of (anything, log_p, labels), of the student and of the teacher; how close the two are."""
     terms = {name: Term(fn, per_row=(labels,), needs_teacher=False) for name, fn in of_one.items()}
+    if isinstance(teacher, TopKRows) and (teacher.sampled or teacher.temperature != 1.0):
+        teacher = None  # neither draws nor another temperature tell how close the two are
     if teacher is not None:
         terms["kl"] = Term(forward_kl)
         terms["top1_agreement"] = Term(_agrees)

@@ -17,8 +17,10 @@ from llmkd.policies import POLICIES
 from llmkd.reweighting import REWEIGHTINGS, Reweighting
 from llmkd.schedules import SCHEDULES, as_schedule
 from llmkd.stages import SCORES, STAGES
+from llmkd.store import STORES
 from llmkd.students import STUDENTS
 from llmkd.teachers import TEACHERS
+from llmkd.teachers.cached import check_spec
 from llmkd.weights import load_tokenizer, locate
 
 SCHEDULED = ("temperature", "weight")  # keys of an objective that take a number or a schedule
@@ -32,6 +34,7 @@ TABLES: dict[str, Mapping[str, Callable[..., Any]]] = {
     "model": STUDENTS,
     "stage": STAGES,
     "score": SCORES,
+    "store": STORES,
 }
 
 
@@ -74,6 +77,7 @@ def parts(config: Mapping[str, Any]) -> Parts:
     peft_config = peft(config.get("peft"), "SEQ_CLS" if _has_labels(config) else "CAUSAL_LM")
     model_spec, teacher_spec = _spec(config["model"], "pretrained"), _spec(config.get("teacher"), "local")
     teacher = recipes.build("teacher", teacher_spec, TABLES) if teacher_spec else None
+    check_spec(teacher, data_spec(config))
     model = recipes.build("model", model_spec, TABLES, teacher_model=getattr(teacher, "model", None))
     return Parts(model, teacher, goal, tokenizer(config), peft_config, mixture)
 
@@ -117,7 +121,7 @@ def reweighting(config: Mapping[str, Any]) -> Reweighting | None:
 def tokenizer(config: Mapping[str, Any]) -> Any:
     """The student's tokenizer; the teacher's where the student is cut from it."""
     for spec in (_spec(config["model"], "pretrained"), _spec(config.get("teacher"), "local")):
-        if spec and isinstance(spec.get("path"), str):
+        if spec and spec["name"] != "cached" and isinstance(spec.get("path"), str):
             return load_tokenizer(locate(spec["path"], spec.get("gguf_file"), spec.get("revision")))
     raise ConfigError("model: neither model nor teacher has a path; expected one, to take the tokenizer from.")
 

@@ -13,8 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-KINDS = ("divergence", "objective", "policy", "schedule", "reweighting", "teacher", "model", "stage", "score")
-METHODS = ("divergence", "objective", "policy", "schedule", "reweighting", "stage", "score")
+KINDS = ("divergence", "objective", "policy", "schedule", "reweighting", "teacher", "model", "stage", "score", "store")
+METHODS = ("divergence", "objective", "policy", "schedule", "reweighting", "stage", "score", "store")
 ENDS = r"\.?(?=\n\w+:|\n\n|\Z)"  # the next field, an empty line or the end
 PAPER = re.compile(r"^Reference: (.+?)" + ENDS, re.MULTILINE | re.DOTALL)
 FIDELITY = re.compile(r"^Fidelity: (.+?)" + ENDS, re.MULTILINE | re.DOTALL)

@@ -19,11 +19,11 @@ from transformers.trainer_callback import ExportableState
 
 from llmkd.data.domains import COLUMN, DomainSampler
 from llmkd.errors import ConfigError, TrainingError
-from llmkd.heads import TopKRows
+from llmkd.events import TopKRows
 from llmkd.meters import Meter
 from llmkd.plots import plot_domains
 from llmkd.reweighting import Reweighting, Shares
-from llmkd.types import Signal, row_labels
+from llmkd.types import Signal, row_labels, tensors_of
 
 if TYPE_CHECKING:
     from llmkd.trainer import DistillTrainer
@@ -167,14 +167,14 @@ class DomainMixing(TrainerCallback, ExportableState):
     def _student_nll(self, batch: dict[str, Tensor]) -> Tensor:
         with self.trainer._eval_model() as model:
             model.eval()  # DeepSpeed's returns nothing
-            return model(only_measure=True, **batch)["agreement.nll"]
+            return model(only_measure=True, **tensors_of(batch))["agreement.nll"]
 
     def _teacher_nll(self, batch: dict[str, Tensor]) -> Tensor:
         distiller, teacher = self.trainer.distiller, self.trainer.teacher
-        rows = teacher(batch, {Signal.LOGITS}, distiller.vocab_size).rows  # type: ignore[misc]
-        if rows is None or isinstance(rows, TopKRows):
-            raise ConfigError("teacher: it shows a few tokens' logits; expected all, for perplexities. Use a live one.")
-        return distiller.adapter.measure(rows, None, row_labels(batch))["nll"]
+        rows, labels = teacher(batch, {Signal.LOGITS}, distiller.vocab_size).rows, row_labels(batch)  # type: ignore[misc]
+        if isinstance(rows, TopKRows):
+            return -rows.of_labels(labels).double().sum()
+        return distiller.adapter.measure(rows, None, labels)["nll"]
 
 
 def _draw(file: Path) -> None:

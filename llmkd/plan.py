@@ -14,8 +14,7 @@ from llmkd.adapters import adapter_of, check_takes
 from llmkd.data import prepare
 from llmkd.distributed import start_processes
 from llmkd.errors import ConfigError
-from llmkd.teachers import SelfTeacher
-from llmkd.trainer import check_needs
+from llmkd.teachers import SelfTeacher, check_needs, live_models
 from llmkd.weights import reading_once, stand_in
 from llmkd.zero3 import whole_models
 
@@ -38,14 +37,13 @@ def dry_run(config: Mapping[str, Any]) -> dict[str, float]:
         args = recipes.training_arguments(config["train"], folder, **forced)
     with reading_once():
         parts, student = check(config)
-    for model in (student, getattr(parts.teacher, "model", None)) if spec.packing else ():
-        if model is not None:
-            adapter_of(model).check_packing(model, max(args.train_batch_size, args.eval_batch_size))
+    teachers = live_models(parts.teacher)
+    for model in (student, *teachers) if spec.packing else ():
+        adapter_of(model).check_packing(model, max(args.train_batch_size, args.eval_batch_size))
     rows = min(spec.max_samples or CHECKED_ROWS, CHECKED_ROWS)
     prepare(spec.model_copy(update={"max_samples": rows}), parts.tokenizer)
     copies = parts.teacher.snapshots if isinstance(parts.teacher, SelfTeacher) else 0
-    tokens = args.per_device_train_batch_size * spec.max_length
-    return estimate(student, getattr(parts.teacher, "model", None), tokens, copies)
+    return estimate(student, teachers, args.per_device_train_batch_size * spec.max_length, copies)
 
 
 def check(config: Mapping[str, Any]) -> tuple[build.Parts, Any]:
@@ -107,11 +105,11 @@ def _with_adapter(parts: build.Parts) -> Any:
         raise ConfigError(f"peft: {' '.join(str(error).split())}") from error
 
 
-def estimate(student: Any, teacher: Any, tokens: int, copies: int = 0) -> dict[str, float]:
+def estimate(student: Any, teachers: list[Any], tokens: int, copies: int = 0) -> dict[str, float]:
     """Memory of one unsharded device, GiB: exact for weights, gradients and AdamW, a rule of thumb for activations.
 
     Activations: 34 bytes a token, layer and hidden unit of the student (Korthikanti et al. 2022, arXiv 2205.05198, without
-    attention scores); the teacher, which keeps no graph, counts with its weights alone, a self teacher with its `copies`.
+    attention scores); live teachers, which keep no graph, count with their weights alone, a self teacher with its `copies`.
     """
     text = student.config.get_text_config()
     trained = sum(p.numel() * p.element_size() for p in student.parameters() if p.requires_grad)
@@ -122,9 +120,7 @@ def estimate(student: Any, teacher: Any, tokens: int, copies: int = 0) -> dict[s
         "AdamW moments": 2 * trained,
         "loss work space": 256 * 2**20,
         "activations": 34 * tokens * text.hidden_size * text.num_hidden_layers,
-        "teacher weights": sum(p.numel() * p.element_size() for p in teacher.parameters())
-        if teacher is not None
-        else 0,
+        "teacher weights": sum(p.numel() * p.element_size() for model in teachers for p in model.parameters()),
     }
     sizes = {name: size / GIB for name, size in parts.items()}
     return {**sizes, "total": sum(sizes.values())}

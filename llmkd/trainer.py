@@ -25,8 +25,8 @@ from llmkd.errors import ConfigError, TrainingError
 from llmkd.meters import Meter, passed
 from llmkd.objectives.base import Objective
 from llmkd.students import as_student
-from llmkd.teachers import Teacher, as_teacher
-from llmkd.types import Outputs, Signal
+from llmkd.teachers import Teacher, as_teacher, check_data, check_needs, live_models
+from llmkd.types import Outputs, Signal, tensors_of
 from llmkd.versions import peak_memory_mb
 from llmkd.weights import load_tokenizer, locate
 from llmkd.zero3 import inferring
@@ -95,6 +95,7 @@ class DistillTrainer(Checkpoints, Trainer):
             self.distiller.compile_backbone(args, self.accelerator)
         if self.teacher is not None:
             self.teacher.prepare(self.accelerator)
+        check_data(self.teacher, train_dataset, *_each(eval_dataset))
         if getattr(self.data_collator, "packing", False):
             self._check_packing()
         self._train_meter, self._step_meter, self._bad_step = Meter(), Meter(), torch.tensor(torch.inf)
@@ -107,9 +108,8 @@ class DistillTrainer(Checkpoints, Trainer):
 
     def _check_packing(self) -> None:
         rows = max(self.args.train_batch_size, self.args.eval_batch_size)
-        for model in (self.distiller.student, getattr(self.teacher, "model", None)):
-            if model is not None:
-                adapter_of(model).check_packing(model, rows)
+        for model in (self.distiller.student, *live_models(self.teacher)):
+            adapter_of(model).check_packing(model, rows)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in Trainer; however it ends, the bar is closed and Ctrl-C is Python's again."""
@@ -128,7 +128,7 @@ class DistillTrainer(Checkpoints, Trainer):
     ) -> Any:
         """The objective's sum over the window's global item count: the only division by a count there is."""
         needs = self.distiller.objective.needs
-        loss = model(teacher=self._signals(inputs, needs) if needs else None, **inputs)
+        loss = model(teacher=self._signals(inputs, needs) if needs else None, **tensors_of(inputs))
         items = torch.as_tensor(num_items_in_batch, device=loss["total"].device)
         counts = {"items": (inputs["labels"] != -100).sum(), "tokens": _tokens(inputs)}
         sums = {name: value for name, value in loss.items() if name != "total"}
@@ -194,7 +194,7 @@ class DistillTrainer(Checkpoints, Trainer):
                 batch = self._prepare_inputs(batch)
                 with torch.no_grad(), self.accelerator.autocast():
                     needs = self.distiller.objective.needs | {Signal.LOGITS}
-                    loss = model(teacher=self._signals(batch, needs) if self.teacher else None, **batch)
+                    loss = model(teacher=self._signals(batch, needs) if self.teacher else None, **tensors_of(batch))
                 meter.add({**loss, **self._counts(batch)})
                 samples += len(batch["labels"])
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
@@ -250,17 +250,6 @@ class DistillTrainer(Checkpoints, Trainer):
         return SequentialSampler(eval_dataset)
 
 
-def check_needs(objective: Objective, teacher: Teacher | None) -> None:
-    """Raise a ConfigError if the objective reads a signal that the teacher does not show."""
-    provides = teacher.provides if teacher is not None else frozenset()
-    missing = sorted(objective.needs - provides)
-    if missing:
-        raise ConfigError(
-            f"objective: it needs {', '.join(missing)} from the teacher, which provides "
-            f"{', '.join(sorted(provides)) or 'nothing (there is none)'}. Use another teacher or objective."
-        )
-
-
 def _checked(args: TrainingArguments) -> TrainingArguments:
     if not args.average_tokens_across_devices:
         raise ConfigError(
@@ -279,6 +268,11 @@ def _student(model: str | nn.Module, tokenizer: Any) -> tuple[nn.Module, Any]:
     if isinstance(model, str) and tokenizer is None:
         tokenizer = load_tokenizer(locate(model))
     return as_student(model), tokenizer
+
+
+def _each(datasets: Any) -> list[Any]:
+    """One dataset, several by name, or none."""
+    return list(datasets.values()) if isinstance(datasets, dict) else [datasets]
 
 
 def _tokens(inputs: dict[str, Tensor]) -> Tensor:

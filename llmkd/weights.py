@@ -131,6 +131,11 @@ def standing_in() -> bool:
     return bool(_STAND_IN.get())
 
 
+def smoking() -> bool:
+    """Whether models are tiny random stand-ins now."""
+    return _STAND_IN.get() == "smoke"
+
+
 def load_config(source: Source, trust_remote_code: bool = False) -> Any:
     """The model's config, without its weights."""
     from transformers import AutoConfig

@@ -28,18 +28,19 @@ def run_folder(path: Path) -> str:
 
 LAYERS = """
 errors
-types
+types data.ids data.manifest
 support
 divergences schedules reweighting
 policies
-heads
+heads events
 combined
 fused
 rows
+mixture
 objectives
 agreement
 distributed zero3 disk versions config students.tiny plots
-meters weights vocabulary
+meters weights vocabulary store
 adapters
 students teachers data
 distiller

@@ -82,11 +82,23 @@ def prepare(
     return Prepared(train, evaluation, report | {f"eval_{key}": count for key, count in counts.items()})
 
 
+def samples_of(rows: dict[str, list], tokenizer: Any, max_length: int, first: int = 0) -> dict[str, list]:
+    """Rows from number `first` on as `prepare` makes samples of them, not yet dropped or packed.
+
+    Returns:
+        `input_ids`, `labels`, `length`, `supervised`, `truncated`, `row`, and `rejected`: one of REASONS, or "".
+    """
+    used = format_of(list(rows), {}, "data")
+    index = list(range(first, first + len(rows[used[0]])))
+    theirs, options = list(used), {"tokenizer": tokenizer, "max_length": max_length, "spans": None, "name": "data"}
+    return _encode_batch(rows, index, used=used, theirs=theirs, **options)
+
+
 def _tokenize(rows: Dataset, columns: dict[str, str], tokenizer: Any, spec: DataSpec, name: str = "data") -> Dataset:
     """Map rows to samples with the columns of _FEATURES; what cannot be learned from is marked, not yet dropped."""
     if len(rows) == 0:
         raise DataError(f"{name}: got no rows; expected at least one. Point {name}.path at data.")
-    used = _format_of(rows, columns, name)
+    used = format_of(rows.column_names, columns, name)
     theirs = [columns.get(ours, ours) for ours in used]
     rows = rows.with_format(None).select_columns(theirs)
     return rows.map(
@@ -108,17 +120,17 @@ def _tokenize(rows: Dataset, columns: dict[str, str], tokenizer: Any, spec: Data
     )
 
 
-def _format_of(rows: Dataset, columns: dict[str, str], name: str) -> tuple[str, ...]:
+def format_of(names: list[str], columns: dict[str, str], name: str) -> tuple[str, ...]:
     """Tell the format from the column names; where `columns` maps some, only formats that use them count."""
-    have = ", ".join(rows.column_names)
+    have = ", ".join(names)
     for ours, theirs in columns.items():
-        if theirs not in rows.column_names:
-            hint = did_you_mean(theirs, rows.column_names)
+        if theirs not in names:
+            hint = did_you_mean(theirs, names)
             raise DataError(f"{name}.columns: got {ours}: '{theirs}'; the columns are: {have}{hint or '. Name one.'}")
     found = [
         used
         for used in FORMATS
-        if all(columns.get(ours, ours) in rows.column_names for ours in used) and (not columns or {*used} & {*columns})
+        if all(columns.get(ours, ours) in names for ours in used) and (not columns or {*used} & {*columns})
     ]
     if len(found) > 1:
         seen = " and ".join(" + ".join(used) for used in found)
@@ -130,7 +142,7 @@ def _format_of(rows: Dataset, columns: dict[str, str], name: str) -> tuple[str, 
         wanted = "text, or prompt and completion, or messages"
         raise DataError(
             f"{name}: got columns {have}, with {name}.columns {columns or 'empty'}; expected {wanted}. "
-            f"Map them, e.g. {name}.columns={{{ROW_COLUMNS[0]}: {rows.column_names[0]}}}."
+            f"Map them, e.g. {name}.columns={{{ROW_COLUMNS[0]}: {names[0]}}}."
         )
     return found[0]
 

@@ -26,6 +26,7 @@ class Objective(nn.Module, ABC):
         student_needs: the student's signals that it reads beside those and its rows.
         reads: columns of the batch that it needs beside ids, mask and labels, such as `spans`.
         takes: the kinds of rows that it is defined for.
+        linear: whether the teacher's probabilities enter linearly, so that unbiased samples of them are enough.
         watches_steps: whether `after_step` wants the means of each optimizer step (which costs a host sync a step).
     """
 
@@ -33,7 +34,12 @@ class Objective(nn.Module, ABC):
     student_needs: frozenset[Signal] = frozenset()
     reads: frozenset[str] = frozenset()
     takes: frozenset[Kind] = frozenset({Kind.DISTRIBUTION})
+    linear: bool = False
     watches_steps: bool = False
+
+    def temperatures(self) -> frozenset[float]:
+        """Those at which it reads the teacher's rows, now or later; a store has rows of one."""
+        return frozenset({1.0})
 
     @abstractmethod
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Loss:
@@ -101,6 +107,7 @@ class Mix(Objective):
         self.student_needs = frozenset().union(*(part.student_needs for part in objectives))
         self.reads = frozenset().union(*(part.reads for part in objectives))
         self.takes = frozenset(Kind).intersection(*(part.takes for part in objectives))
+        self.linear = all(part.linear for part in objectives if part.needs)
         self.watches_steps = bool(self._moving()) or any(part.watches_steps for part in objectives)
 
     @property
@@ -120,6 +127,10 @@ class Mix(Objective):
                 if name != "total":
                     out[_unique(name, out)] = value
         return out
+
+    def temperatures(self) -> frozenset[float]:
+        """The parts' that read a teacher."""
+        return frozenset().union(*(part.temperatures() for part in self._objectives() if part.needs))
 
     def row_modules(self) -> list[nn.Module]:
         """The parts' modules."""

@@ -77,6 +77,10 @@ class DKD(RowObjective):
         super().__init__()
         self.alpha, self.beta, self.temperature = alpha, beta, _positive("temperature", temperature)
 
+    def temperatures(self) -> frozenset[float]:
+        """T."""
+        return frozenset({self.temperature})
+
     def terms(self, student: Outputs, batch: Batch) -> dict[str, Term]:
         """TCKD and NCKD of every supervised row."""
         t2, label = self.temperature**2, row_labels(batch)
@@ -113,6 +117,10 @@ class NKD(RowObjective):
     def __init__(self, gamma: float = 1.5, temperature: float = 1.0) -> None:
         super().__init__()
         self.gamma, self.temperature = gamma, _positive("temperature", temperature)
+
+    def temperatures(self) -> frozenset[float]:
+        """1 for the label's term, lambda for the others'."""
+        return frozenset({1.0, self.temperature})
 
     def terms(self, student: Outputs, batch: Batch) -> dict[str, Term]:
         """The label's term and that of all other tokens."""

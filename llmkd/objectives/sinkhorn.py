@@ -82,6 +82,10 @@ class SinKD(Objective):
         self.granularity, self.gradient, self.normalize = granularity, gradient, normalize
         self.top_k, self.max_rows = top_k, max_rows
 
+    def temperatures(self) -> frozenset[float]:
+        """T."""
+        return frozenset({self.temperature})
+
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Loss:
         """The transport's cost, with its gradient computed here."""
         if teacher is None or teacher.rows is None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from llmkd.divergences import Divergence, divergence, name_of, reads_label
+from llmkd.divergences.kl import forward_kl
 from llmkd.divergences.stateful import StepDivergence
 from llmkd.errors import ConfigError
 from llmkd.objectives.base import RowObjective
@@ -51,12 +52,17 @@ class TokenDistill(RowObjective):
         self.policy = policy_named(policy) if isinstance(policy, str) else policy
         self.schedule, self.scale_by_t2 = as_schedule(temperature, "temperature"), scale_by_t2
         _check_temperature(self.schedule, self.fn)
+        self.linear = getattr(self.fn, "func", self.fn) is forward_kl and policy is None
         self.watches_steps = self._moving is not None or self.schedule.moves
 
     @property
     def temperature(self) -> float:
         """T, as it is now."""
         return self.schedule.value
+
+    def temperatures(self) -> frozenset[float]:
+        """T, or both ends of its schedule."""
+        return frozenset({self.schedule.start, self.schedule.end})
 
     def terms(self, student: Outputs, batch: Batch) -> dict[str, Term]:
         """The divergence of every supervised row, and what is measured beside it."""

@@ -6,15 +6,18 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from llmkd.stages.base import Stage
+from llmkd.stages.cache_teacher import CacheTeacher
 from llmkd.stages.score import Score
 from llmkd.stages.scores import SCORES
 from llmkd.stages.select import Select
+from llmkd.store import STORES
 
 STAGES: dict[str, Callable[..., Stage]] = {
     "score": Score,
     "select": Select,
+    "cache_teacher": CacheTeacher,
 }
 
-TABLES: dict[str, Mapping[str, Callable[..., Any]]] = {"stage": STAGES, "score": SCORES}
+TABLES: dict[str, Mapping[str, Callable[..., Any]]] = {"stage": STAGES, "score": SCORES, "store": STORES}
 
-__all__ = ["SCORES", "STAGES", "TABLES", "Score", "Select", "Stage"]
+__all__ = ["SCORES", "STAGES", "TABLES", "CacheTeacher", "Score", "Select", "Stage"]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from llmkd.store.base import Kind
+from llmkd.store.base import Codec
 from llmkd.store.hidden import Hidden
 from llmkd.store.sampled import Sampled
 from llmkd.store.topk import TopK
 
-STORES: dict[str, Callable[..., Kind]] = {
+STORES: dict[str, Callable[..., Codec]] = {
     "topk": TopK,
     "sampled": Sampled,
     "hidden": Hidden,
 }
 
-__all__ = ["STORES", "Hidden", "Kind", "Sampled", "TopK"]
+__all__ = ["STORES", "Codec", "Hidden", "Sampled", "TopK"]

@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmkd.heads import DenseRows, HeadRows, TopKRows
+from llmkd.events import TopKRows
+from llmkd.heads import DenseRows, HeadRows
 from llmkd.rows import BUDGET_MB, chunk_slices
 from llmkd.support import log_softmax
 from llmkd.types import Signal
 
 
-class Kind(ABC):
+class Codec(ABC):
     """One way to keep rows; its constructor's arguments tell all of it.
 
     Attributes:
@@ -49,14 +50,16 @@ def log_probs(rows: DenseRows | HeadRows, temperature: float = 1.0) -> Iterator[
 
 
 def padded(
-    counts: np.ndarray, ids: np.ndarray, values: np.ndarray, vocab_size: int, device: Any
+    parts: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], vocab_size: int, device: Any
 ) -> tuple[Tensor, Tensor]:
-    """Rows of `counts` events, end to end, as ids [n, K] and log-probabilities [n, K], with -1 and -inf after a row's own.
+    """(events a row, ids, log-probabilities) of several examples as ids and log-probabilities [n, K], -1 and -inf beyond.
 
     K is the longest row's; one more if that one alone has all V tokens, as K = V says that every row has.
     """
+    nothing = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32)
+    counts, ids, values = (np.concatenate(arrays) for arrays in zip(nothing, *parts, strict=True))
     width = int(counts.max(initial=1))
-    named = np.arange(width + (width == vocab_size and counts.min() < width)) < counts[:, None]
+    named = np.arange(width + (width == vocab_size and counts.min(initial=width) < width)) < counts[:, None]
     out_ids, out_values = np.full(named.shape, -1, dtype=np.int64), np.full(named.shape, -np.inf, dtype=np.float32)
     out_ids[named], out_values[named] = ids, values
     return torch.from_numpy(out_ids).to(device), torch.from_numpy(out_values).to(device)

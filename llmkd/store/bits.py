@@ -41,7 +41,7 @@ def rising_bytes(count: int, universe: int) -> int:
 def pack_rising(numbers: np.ndarray, universe: int) -> bytes:
     """Rising numbers [n] in [0, universe): their low bits packed, their high bits in unary.
 
-    Reference: Elias 1974, JACM 21(2); Fano 1971: within half a bit a number of the least that any code of sets needs.
+    Reference: Elias 1974, JACM 21(2); Fano 1971: within 0.6 bits a number of the least that any code of such sets needs.
     """
     count = len(numbers)
     width = low_width(count, universe)

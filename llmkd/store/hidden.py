@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from llmkd.errors import unknown_name
-from llmkd.heads import HeadRows, TopKRows
-from llmkd.store.base import Kind
+from llmkd.events import TopKRows
+from llmkd.heads import HeadRows
+from llmkd.store.base import Codec
 from llmkd.types import Signal
 
 FP8 = torch.float8_e4m3fn
@@ -19,7 +20,7 @@ LARGEST = 448.0  # of an fp8
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float8": FP8}
 
 
-class Hidden(Kind):
+class Hidden(Codec):
     """z = head(h): the final hidden states h of the supervised rows; any divergence at any temperature reads them.
 
     `dtype: auto` is the teacher's own: the rows are exactly those of the live teacher. A narrower one is off by at most
@@ -29,7 +30,8 @@ class Hidden(Kind):
     Args:
         dtype: auto, float32, bfloat16, float16 or float8.
 
-    Reference: Zhang et al. 2026 (KDFlow), arXiv 2603.01875, which sends them between processes.
+    Reference: KDFlow 2026, arXiv 2603.01875, which sends them between processes.
+    Fidelity: derived (it is the live teacher's own last step).
     """
 
     provides = frozenset({Signal.LOGITS})
@@ -65,7 +67,7 @@ class Hidden(Kind):
     def join(self, parts: Sequence[Tensor], device: Any, head: HeadRows | None, vocab_size: int) -> HeadRows | TopKRows:
         """Rows of several examples, with the head."""
         assert head is not None
-        return head.using([torch.cat(list(parts)).to(device), *head.tensors()[1:]])
+        return head.using([torch.cat(list(parts)).to(device), *head.tensors()[1:]]) if parts else head
 
 
 def _bytes(tensor: Tensor) -> bytes:

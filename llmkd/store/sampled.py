@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from llmkd.errors import ConfigError
-from llmkd.heads import HeadRows, TopKRows
-from llmkd.store.base import Kind, log_probs, padded
+from llmkd.events import TopKRows
+from llmkd.heads import HeadRows
+from llmkd.store.base import Codec, log_probs, padded
 from llmkd.store.bits import pack, pack_rising, packed_bytes, rising_bytes, unpack, unpack_rising
 from llmkd.types import Signal
 
@@ -19,7 +20,7 @@ Drawn = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Events a row [n], and of all rows end to end their rising ids and the logs of their weights."""
 
 
-class Sampled(Kind):
+class Sampled(Codec):
     """t_v = (draws of v / n) p_v / r_v, n draws from r = p^power / sum p^power: E[t] = p, as ids, counts and weights.
 
     What is linear in p keeps its expected gradient: the forward KL (its value grows by the entropy that t lacks, which the
@@ -33,9 +34,11 @@ class Sampled(Kind):
         seed: with an example's content, all that its draws depend on.
 
     Reference: Anshumann et al. 2025 (Sparse Logit Sampling), arXiv 2503.16870.
+    Fidelity: paper only (weights that are not renormalised keep a tempered proposal unbiased).
     """
 
     provides = frozenset({Signal.SAMPLES})
+    temperature: float
 
     def __init__(self, draws: int = 12, power: float = 1.0, temperature: float = 1.0, seed: int = 0) -> None:
         if not 1 <= draws < 2**16:
@@ -82,5 +85,4 @@ class Sampled(Kind):
 
     def join(self, parts: Sequence[Drawn], device: Any, head: HeadRows | None, vocab_size: int) -> TopKRows:
         """Rows of several examples, the shorter ones filled up."""
-        arrays = (np.concatenate(array) for array in zip(*parts, strict=True))
-        return TopKRows(*padded(*arrays, vocab_size, device), vocab_size, self.temperature, sampled=True)
+        return TopKRows(*padded(parts, vocab_size, device), vocab_size, self.temperature, sampled=True)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from llmkd.errors import ConfigError
-from llmkd.heads import HeadRows, TopKRows
-from llmkd.store.base import Kind, log_probs, padded
+from llmkd.events import TopKRows
+from llmkd.heads import HeadRows
+from llmkd.store.base import Codec, log_probs, padded
 from llmkd.store.bits import pack, pack_rising, packed_bytes, rising_bytes, unpack, unpack_rising
 from llmkd.types import Signal
 
@@ -93,7 +94,7 @@ def decode(data: np.ndarray, rows: int, vocab_size: int, bits: int) -> Events:
         raise ValueError(f"{len(data)} bytes; expected {at + packed_bytes(count, bits)}")
     if ends is None:
         return Events(counts, ids, np.frombuffer(data[at:].tobytes(), "<f4"), place, label, tail)
-    step = step_of(*ends, bits)
+    step = step_of(ends[0], ends[1], bits)
     log_probs = ends[0].astype(np.float64)[row] + unpack(data[at:], count, bits) * step[row]
     start = np.cumsum(counts) - counts
     log_probs[start + place] = -np.inf
@@ -130,7 +131,7 @@ def _place_width(counts: np.ndarray) -> int:
     return int(counts.max(initial=1) - 1).bit_length()
 
 
-class TopK(Kind):
+class TopK(Codec):
     """p on the K best tokens and the label, and one tail event for all others: ids, log p in b bits, label and tail exactly.
 
     Exact in the ids, the label's and the tail's mass; every other log-probability is off by at most (hi - lo) / (2^bits - 1)
@@ -142,9 +143,11 @@ class TopK(Kind):
         temperature: T > 0 that divides the logits; a loss that reads the rows needs the same.
 
     Reference: Hinton et al. 2015, arXiv 1503.02531; ids: Elias 1974, JACM 21(2).
+    Fidelity: derived (the codes and their bound are ours).
     """
 
     provides = frozenset({Signal.LOGITS})
+    temperature: float
 
     def __init__(self, k: int = 50, bits: int = 5, mass: float = 1.0, temperature: float = 1.0) -> None:
         if k < 1:
@@ -160,14 +163,17 @@ class TopK(Kind):
     def encode(self, rows: HeadRows, labels: Tensor, seed: int) -> bytes:
         """One example's rows."""
         parts = [self._events(log_p, labels[part]) for part, log_p in log_probs(rows, self.temperature)]
-        return encode(Events(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True))), rows.vocab_size, self.bits)
+        return encode(
+            Events(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True))), rows.vocab_size, self.bits
+        )
 
     def _events(self, log_p: Tensor, label: Tensor) -> tuple[np.ndarray, ...]:
         """The fields of `Events`, of log-probabilities [m, V] and labels [m]."""
         vocab_size, label = log_p.shape[-1], label.unsqueeze(-1)
         best, ids = log_p.topk(min(self.k, vocab_size))
         before = best.double().exp().cumsum(-1) - best.double().exp()
-        ids = ids.masked_fill((before >= self.mass) | best.isneginf(), vocab_size)
+        left_out = best.isneginf() if self.mass == 1.0 else best.isneginf() | (before >= self.mass)
+        ids = ids.masked_fill(left_out, vocab_size)
         missing = (ids != label).all(-1, keepdim=True)
         ids = torch.cat([ids, torch.where(missing, label, vocab_size)], dim=-1).sort(-1).values
         named = ids < vocab_size
@@ -184,5 +190,5 @@ class TopK(Kind):
 
     def join(self, parts: Sequence[Events], device: Any, head: HeadRows | None, vocab_size: int) -> TopKRows:
         """Rows of several examples, the shorter ones filled up."""
-        arrays = [np.concatenate([getattr(part, name) for part in parts]) for name in ("counts", "ids", "log_probs")]
-        return TopKRows(*padded(*arrays, vocab_size, device), vocab_size, self.temperature)
+        named = [(part.counts, part.ids, part.log_probs) for part in parts]
+        return TopKRows(*padded(named, vocab_size, device), vocab_size, self.temperature)

@@ -6,13 +6,19 @@ from collections.abc import Callable
 
 from torch import nn
 
-from llmkd.teachers.base import SelfTeacher, Teacher
+from llmkd.teachers.base import SelfTeacher, Teacher, check_data, check_needs, live_models
+from llmkd.teachers.cached import CachedTeacher, cached
+from llmkd.teachers.ensemble import EnsembleTeacher, ensemble
 from llmkd.teachers.local import LocalTeacher, local
 from llmkd.teachers.partition import Partition
+from llmkd.teachers.routed import RoutedTeacher, routed
 from llmkd.teachers.self import EMA, FrozenStart, PreviousEpoch, Votes
 
 TEACHERS: dict[str, Callable[..., Teacher]] = {
     "local": local,
+    "cached": cached,
+    "ensemble": ensemble,
+    "routed": routed,
     "frozen_start": FrozenStart,
     "previous_epoch": PreviousEpoch,
     "ema": EMA,
@@ -28,5 +34,6 @@ def as_teacher(teacher: str | nn.Module | Teacher | None) -> Teacher | None:
     return LocalTeacher(teacher) if isinstance(teacher, nn.Module) else teacher
 
 
-__all__ = ["EMA", "TEACHERS", "FrozenStart", "LocalTeacher", "Partition", "PreviousEpoch", "SelfTeacher", "Teacher", "Votes",
-           "as_teacher", "local"]  # fmt: skip
+__all__ = ["EMA", "TEACHERS", "CachedTeacher", "EnsembleTeacher", "FrozenStart", "LocalTeacher", "Partition",
+           "PreviousEpoch", "RoutedTeacher", "SelfTeacher", "Teacher", "Votes", "as_teacher", "cached", "check_data",
+           "check_needs", "ensemble", "live_models", "local", "routed"]  # fmt: skip

@@ -7,6 +7,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from llmkd.errors import ConfigError
+from llmkd.objectives.base import Objective
 from llmkd.types import Batch, Outputs, Signal
 
 
@@ -59,3 +61,47 @@ class SelfTeacher(Teacher, Protocol):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take back what `state_dict` gave."""
         ...
+
+
+def check_needs(objective: Objective, teacher: Teacher | None) -> None:
+    """Raise a ConfigError if the objective reads what the teacher does not show, or reads it at another temperature."""
+    provides = teacher.provides if teacher is not None else frozenset()
+    enough = {Signal.LOGITS} if objective.linear and Signal.SAMPLES in provides else set()
+    missing = sorted(objective.needs - provides - enough)
+    if missing:
+        raise ConfigError(
+            f"objective: it needs {', '.join(missing)} from the teacher, which provides "
+            f"{', '.join(sorted(provides)) or 'nothing (there is none)'}. Use another teacher or objective."
+        )
+    recorded = getattr(teacher, "temperature", None)
+    others = sorted(objective.temperatures() - {recorded}) if objective.needs and recorded is not None else []
+    if others:
+        raise ConfigError(
+            f"objective: it reads the teacher at temperature {', '.join(f'{t:g}' for t in others)}, but its rows are stored at "
+            f"{recorded:g}. Set temperature={recorded:g}, write the store anew, or store hidden states."
+        )
+
+
+def check_data(teacher: Teacher | None, *datasets: Any) -> None:
+    """Raise a DataError if a teacher that reads a store lacks an example of a tokenised dataset."""
+    sized = [dataset for dataset in datasets if hasattr(dataset, "__len__")]
+    if hasattr(teacher, "check_data"):
+        for dataset in sized:
+            teacher.check_data(dataset)  # type: ignore[union-attr]
+        return
+    for member in getattr(teacher, "members", ()):
+        check_data(member, *sized)
+
+
+def live_models(teacher: Teacher | None) -> list[nn.Module]:
+    """The models that a teacher runs in this process."""
+    models = (getattr(part, "model", None) for part in parts_of(teacher))
+    return [model for model in models if model is not None]
+
+
+def parts_of(teacher: Any) -> list[Teacher]:
+    """The teachers that one is made of, those of its members included; itself if it has no members."""
+    if teacher is None:
+        return []
+    members = getattr(teacher, "members", None)
+    return [teacher] if members is None else [part for member in members for part in parts_of(member)]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from llmkd.combined import SurerRows
 from llmkd.errors import ConfigError, unknown_name
 from llmkd.rows import TopKRows, look
+from llmkd.support import name_all
 from llmkd.teachers.base import SelfTeacher, Teacher
 from llmkd.teachers.self import FrozenStart
 from llmkd.types import Batch, Outputs, Signal, row_labels
@@ -45,6 +46,7 @@ class Partition:
                 f"partition.teacher: got {type(teacher).__name__}; expected another model's logits. Use a local teacher."
             )
         self.teacher, self.by, self.start = teacher, by, FrozenStart()
+        self.members, self.temperature = [teacher], getattr(teacher, "temperature", None)
         self.tokenizer, self.vocab_size = teacher.tokenizer, teacher.vocab_size
 
     @property
@@ -84,7 +86,8 @@ def _of_top_k(theirs: TopKRows, own: Any, label: Tensor | None) -> TopKRows:
     """The same choice on the teacher's K events and the tail; a label that is in its tail is better known at the start."""
 
     def events(log_p: Tensor, ids: Tensor) -> Tensor:
-        return torch.cat([log_p.gather(-1, ids), log_p.amax(-1, keepdim=True)], dim=-1)
+        kept = log_p.gather(-1, name_all(ids)).masked_fill(ids < 0, float("-inf"))
+        return torch.cat([kept, log_p.amax(-1, keepdim=True)], dim=-1)
 
     shown = look(events, own, theirs.ids, temperature=theirs.temperature)  # [n, K + 1]
     kept, best = shown[:, :-1].to(theirs.log_probs.dtype), shown[:, -1].to(theirs.log_probs.dtype)
