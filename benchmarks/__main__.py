@@ -12,6 +12,7 @@ from benchmarks.quality import EXAMPLES, quality
 from benchmarks.quickstart import quickstart
 from benchmarks.refine import command as refining
 from benchmarks.step import step
+from benchmarks.store import store
 from llmkd.errors import LlmkdError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -23,6 +24,7 @@ app.command(epilog=refining.EXAMPLES)(refining.refine)
 app.command()(picture)
 app.command()(step)
 app.command()(glue)
+app.command()(store)
 
 
 @app.callback()

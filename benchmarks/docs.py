@@ -11,10 +11,12 @@ import yaml
 
 import benchmarks.quality.report as quality_report
 import benchmarks.refine.report as refine_report
+import benchmarks.speed_report as speed_report
 from benchmarks.glue import table as glue_table
 from benchmarks.quality import results as quality_results
 from benchmarks.quality.entries import methods
 from benchmarks.refine import results as refine_results
+from benchmarks.store_report import table as store_table
 from llmkd import catalog
 
 ROOT = Path(__file__).parent.parent
@@ -38,6 +40,8 @@ def pages() -> dict[Path, str]:
         "quality": quality_report.section(measured),
         "refine": refine_report.section(refine_results.read(RESULTS / "refine.json")),
         "glue": glue_numbers(),
+        "store": store_numbers(),
+        "speed": speed_report.section(RESULTS),
     }
     for name, content in blocks.items():
         text = block(text, name, content)
@@ -109,6 +113,16 @@ def glue_numbers() -> str:
     if not file.is_file():
         return "`python -m benchmarks glue --data FOLDER` measures it."
     return glue_table(json.loads(file.read_text()))
+
+
+def store_numbers() -> str:
+    """The table of store.json, once it was measured."""
+    file = RESULTS / "store.json"
+    return (
+        store_table(json.loads(file.read_text()))
+        if file.exists()
+        else "Not measured yet: `python -m benchmarks store`."
+    )
 
 
 def recipe_list() -> str:
