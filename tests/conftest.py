@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
 from llmkd.students.tiny import byte_tokenizer, tiny_config, tiny_model
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # processes that share the cores, and those that they start
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
