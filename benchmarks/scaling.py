@@ -15,6 +15,7 @@ from benchmarks.record import RESULTS, finish, header
 from benchmarks.samples import Batch
 from llmkd.data import Collator
 from llmkd.students.tiny import byte_tokenizer, tiny_config, tiny_model
+from llmkd.types import tensors_of
 
 BASE = {"length": 512, "vocabulary": 32768, "batch": 1}
 CURVES = {
@@ -22,6 +23,7 @@ CURVES = {
     "vocabulary": (4096, 8192, 16384, 32768, 65536, 151936),
     "batch": (1, 2, 4, 8),
 }
+TOKENS = 2048  # of an epoch, at least: a trainer takes a third of a second to start one
 BYTES = 259  # tokens of the byte tokenizer
 METHODS = ("limit", "llmkd", "gkd")
 LABELS = {"limit": "limit (backbones and head GEMMs)", "llmkd": "llmkd", "gkd": "TRL GKD, lmbda = 0"}
@@ -45,7 +47,8 @@ def _point(axis: str, value: int, folder: Path, repeats: int) -> dict[str, Any]:
     student, teacher = (_model(*WIDTHS[name], place["vocabulary"]) for name in ("student", "teacher"))
     tokenizer = byte_tokenizer(tuple(f"<{i}>" for i in range(place["vocabulary"] - BYTES)))
     setting = trainers.Setting(student, teacher, tokenizer, folder, {})
-    runs = {method: trainers.METHODS[method](setting, [_batch(**place)]) for method in METHODS}
+    steps = max(1, TOKENS // (place["length"] * place["batch"]))
+    runs = {method: trainers.METHODS[method](setting, [_batch(**place)] * steps) for method in METHODS}
     measured = interleave(runs, repeats)
     best = {method: one.seconds for method, one in measured.items()}
     print(f"{axis} {value}: " + ", ".join(f"{method} {seconds:.3f} s" for method, seconds in best.items()), flush=True)
@@ -53,7 +56,11 @@ def _point(axis: str, value: int, folder: Path, repeats: int) -> dict[str, Any]:
         "case": f"{axis} {value}",
         "axis": axis,
         "value": value,
-        "methods": {method: asdict(one) for method, one in measured.items()},
+        "steps": steps,
+        "methods": {
+            method: {**asdict(one), "seconds_per_step": round(one.seconds / steps, 4)}
+            for method, one in measured.items()
+        },
         "ratios": {f"{method}_over_llmkd": round(best[method] / best["llmkd"], 3) for method in ("limit", "gkd")},
     }
 
@@ -70,7 +77,7 @@ def _batch(length: int, vocabulary: int, batch: int) -> Batch:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, min(vocabulary, 259), (batch, length), generator=generator).tolist()
     prompt = length // 4
-    return Collator(0)([{"input_ids": row, "labels": [-100] * prompt + row[prompt:]} for row in ids])
+    return tensors_of(Collator(0)([{"input_ids": row, "labels": [-100] * prompt + row[prompt:]} for row in ids]))
 
 
 def draw(axis: str, points: list[dict[str, Any]], file: Path) -> None:
@@ -82,7 +89,9 @@ def draw(axis: str, points: list[dict[str, Any]], file: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, plots = plt.subplots(1, 2, figsize=(8.5, 3.2), layout="constrained")
-    for plot, key, label in zip(plots, ("seconds", "extra_mib"), ("seconds a step", "extra memory, MiB"), strict=True):
+    for plot, key, label in zip(
+        plots, ("seconds_per_step", "extra_mib"), ("seconds a step", "extra memory, MiB"), strict=True
+    ):
         for method in METHODS:
             values = [point["methods"][method][key] for point in points]
             plot.plot([point["value"] for point in points], values, marker="o", label=LABELS[method])
