@@ -12,7 +12,6 @@ from torch import Tensor
 
 from llmkd.data import Collator
 from llmkd.data.sampler import EpochSampler
-from llmkd.types import tensors_of
 
 LIMIT = 384  # tokens of a chat
 # log-normal tokens a text: those of databricks-dolly-15k's words in a sample of 1000, times 1.3
@@ -64,7 +63,7 @@ def batches(rows: list[Sample], size: int, count: int, grouped: bool, pad_token_
     groups = [[rows[i] for i in order[start : start + size]] for start in range(0, len(order) - size + 1, size)]
     groups.sort(key=lambda group: sum(len(row["input_ids"]) for row in group))
     chosen = [groups[(2 * i + 1) * len(groups) // (2 * count)] for i in range(count)]
-    return [tensors_of(Collator(pad_token_id)(group)) for group in chosen]
+    return [Collator(pad_token_id)(group) for group in chosen]
 
 
 def shape(given: list[Batch]) -> dict[str, Any]:

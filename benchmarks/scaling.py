@@ -15,7 +15,6 @@ from benchmarks.record import RESULTS, finish, header
 from benchmarks.samples import Batch
 from llmkd.data import Collator
 from llmkd.students.tiny import byte_tokenizer, tiny_config, tiny_model
-from llmkd.types import tensors_of
 
 BASE = {"length": 512, "vocabulary": 32768, "batch": 1}
 CURVES = {
@@ -77,7 +76,7 @@ def _batch(length: int, vocabulary: int, batch: int) -> Batch:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, min(vocabulary, 259), (batch, length), generator=generator).tolist()
     prompt = length // 4
-    return tensors_of(Collator(0)([{"input_ids": row, "labels": [-100] * prompt + row[prompt:]} for row in ids]))
+    return Collator(0)([{"input_ids": row, "labels": [-100] * prompt + row[prompt:]} for row in ids])
 
 
 def draw(axis: str, points: list[dict[str, Any]], file: Path) -> None:

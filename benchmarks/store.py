@@ -20,7 +20,7 @@ from transformers import TrainingArguments
 from benchmarks.store_report import DISTILLKIT_VALUES, LIVE, Parts, distillkit_bytes, plot, step_time, summary
 from llmkd import DistillTrainer, TokenDistill
 from llmkd.adapters.causal_lm import read
-from llmkd.data import Collator, DataSpec, prepare
+from llmkd.data import Collator, DataSpec, DocumentCollator, prepare
 from llmkd.distributed import start_processes
 from llmkd.events import TopKRows
 from llmkd.stages.runner import prepare as prepare_stage
@@ -124,7 +124,8 @@ def _code(name: str, parts: Parts) -> Parts:
     rows = sum(int(shard.rows.sum()) for shard in shards)
     payload = sum(int(shard.ends[-1]) for shard in shards)
     index = sum(shard.ids.nbytes + shard.rows.nbytes + shard.ends.nbytes + shard.checks.nbytes for shard in shards)
-    batches = [Collator(parts["tokenizer"].pad_token_id)([example]) for example in parts["data"].eval]
+    collate = DocumentCollator(Collator(parts["tokenizer"].pad_token_id))
+    batches = [collate([example]) for example in parts["data"].eval]
     decode = _seconds(lambda: [teacher(batch, {Signal.LOGITS}) for batch in batches])
     exact = [parts["hidden"](batch, {Signal.LOGITS}).rows for batch in batches]
     pairs = list(zip(exact, (row_labels(batch) for batch in batches), strict=True))

@@ -18,6 +18,7 @@ from llmkd.adapters import adapter_of
 from llmkd.callbacks import AfterStep, Follow, Interrupt, Progress, release
 from llmkd.checkpoints import Checkpoints
 from llmkd.data.collate import collator, pad_with_unsupervised
+from llmkd.data.ids import DocumentCollator
 from llmkd.data.sampler import EpochSampler
 from llmkd.distiller import Distiller
 from llmkd.distributed import min_over_ranks
@@ -25,7 +26,7 @@ from llmkd.errors import ConfigError, TrainingError
 from llmkd.meters import Meter, passed
 from llmkd.objectives.base import Objective
 from llmkd.students import as_student
-from llmkd.teachers import Teacher, as_teacher, check_data, check_needs, live_models
+from llmkd.teachers import Teacher, as_teacher, check_data, check_needs, live_models, reads_documents
 from llmkd.types import Outputs, Signal, tensors_of
 from llmkd.versions import peak_memory_mb
 from llmkd.weights import load_tokenizer, locate
@@ -98,6 +99,8 @@ class DistillTrainer(Checkpoints, Trainer):
         check_data(self.teacher, train_dataset, *_each(eval_dataset))
         if getattr(self.data_collator, "packing", False):
             self._check_packing()
+        if reads_documents(self.teacher):
+            self.data_collator = DocumentCollator(self.data_collator)
         self._train_meter, self._step_meter, self._bad_step = Meter(), Meter(), torch.tensor(torch.inf)
         self._last_log, self.interrupt = time.perf_counter(), Interrupt()
         self.train_sampler: Sampler | None = None  # of rows, instead of the default order; see `mixing`

@@ -28,7 +28,8 @@ def run_folder(path: Path) -> str:
 
 LAYERS = """
 errors
-types data.ids data.manifest
+types
+data.ids data.manifest
 support
 divergences schedules reweighting
 policies

@@ -8,13 +8,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llmkd.data.collate import Collator, pad_with_unsupervised
     from llmkd.data.domains import prepare
+    from llmkd.data.ids import DocumentCollator
     from llmkd.data.load import DataSpec, EvalSpec, load_rows
     from llmkd.data.samples import Prepared
 
-__all__ = ["Collator", "DataSpec", "EvalSpec", "Prepared", "load_rows", "pad_with_unsupervised", "prepare"]
+__all__ = [
+    "Collator",
+    "DataSpec",
+    "DocumentCollator",
+    "EvalSpec",
+    "Prepared",
+    "load_rows",
+    "pad_with_unsupervised",
+    "prepare",
+]
 
 _HOME = {
     "Collator": "collate",
+    "DocumentCollator": "ids",
     "pad_with_unsupervised": "collate",
     "DataSpec": "load",
     "EvalSpec": "load",

@@ -11,12 +11,10 @@ from datasets import ClassLabel, Dataset, Value, concatenate_datasets
 from torch import Tensor
 from transformers import DataCollatorWithPadding
 
-from llmkd.data.ids import documents
 from llmkd.errors import ConfigError
-from llmkd.types import Routes, supervised_rows
+from llmkd.types import supervised_rows
 
 IGNORE = -100
-DOMAIN = "domain"  # the column that says where an example is from
 
 
 @dataclass
@@ -24,9 +22,8 @@ class Collator:
     """Pads examples to one length: `input_ids`, `labels`, `position_ids`, `attention_mask`, all int64 [B, T].
 
     `rows` [N] are the flat positions that predict a supervised token: known here, on the host, the training step needs
-    no sync to find them. `ids` [D] name the documents with a supervised token, in order, for a store of teacher rows; they
-    stay on the host, as a numpy array; so do `routes`, if the examples have a column `domain`. `spans` [P], if the examples
-    have them, are the first of each two rows, by their place in `rows`, that predict adjacent tokens of one span.
+    no sync to find them. `spans` [P], if the examples have them, are the first of each two rows, by their place in `rows`,
+    that predict adjacent tokens of one span.
 
     Padding is told by length, never by id, so that a true EOS counts where pad = EOS. Position ids count a row's real
     tokens from 0, whichever side is padded, and are 0 at padding.
@@ -47,20 +44,16 @@ class Collator:
         if self.padding_side not in ("right", "left"):
             raise ConfigError(f"padding_side: got '{self.padding_side}'; expected 'right' or 'left'. Use one of these.")
 
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Return the batch; T is the longest example, rounded up to `pad_to_multiple_of`."""
         if "seq_lengths" in examples[0] and not self.packing:
             raise ConfigError("Collator: got packed examples; expected packing=True for these. Set packing=True.")
         ids = [example["input_ids"] for example in examples]
-        batch: dict[str, Any] = {
+        batch = {
             "input_ids": self._pad(ids, self.pad_token_id),
             "labels": self._pad([example["labels"] for example in examples], IGNORE),
         }
         batch["rows"] = supervised_rows(batch)
-        found = documents(examples)
-        batch["ids"] = found[:, 0]
-        if DOMAIN in examples[0]:
-            batch["routes"] = Routes([example[DOMAIN] for example in examples], found[:, 1], found[:, 2])
         if "spans" in examples[0]:
             spans = self._pad([example["spans"] for example in examples], 0)
             batch["spans"] = paired_rows(spans, batch["rows"])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from hashlib import blake2b
 from typing import Any
 
 import numpy as np
 
+from llmkd.types import Routes
+
 BLOCK = 1024
+DOMAIN = "domain"  # the column that says where an example is from
 COLUMNS = ("input_ids", "labels", "seq_lengths")
 
 
@@ -34,6 +37,28 @@ def id_name(example: int) -> str:
 def document_ids(examples: Iterable[Mapping[str, Any]]) -> np.ndarray:
     """The ids, int64 [D], of all documents with a supervised token, in order; a packed example has several."""
     return documents(examples)[:, 0]
+
+
+class DocumentCollator:
+    """Adds to a collator's batches what a teacher finds stored rows and its own examples by; both stay on the host.
+
+    `ids` [D] name the documents with a supervised token, in order, as a numpy array; `routes`, if the examples have a
+    column `domain`, say whose each is. DistillTrainer puts it around its collator where a teacher asks for it.
+
+    Args:
+        collate: examples with `input_ids` and `labels` -> a batch of these in the same order.
+    """
+
+    def __init__(self, collate: Callable[[list[dict[str, Any]]], Mapping[str, Any]]) -> None:
+        self.collate = collate
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return the collator's batch, and `ids` and `routes`."""
+        found = documents(examples)
+        batch = {**self.collate(examples), "ids": found[:, 0]}
+        if DOMAIN in examples[0]:
+            batch["routes"] = Routes([example[DOMAIN] for example in examples], found[:, 1], found[:, 2])
+        return batch
 
 
 def documents(examples: Iterable[Mapping[str, Any]]) -> np.ndarray:

@@ -113,7 +113,7 @@ class CacheTeacher(Stage):
         for start in range(0, len(order), self.batch_size):
             places = order[start : start + self.batch_size]
             batch = collate([examples[place] for place in places])
-            batch = {name: x.to(self.device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
+            batch = {name: x.to(self.device) for name, x in batch.items()}
             rows: Any = self.teacher(batch, {Signal.LOGITS}, self.vocab_size).rows
             labels, at = row_labels(batch), 0
             for place in places:

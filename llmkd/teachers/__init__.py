@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from llmkd.teachers.base import SelfTeacher, Teacher, check_data, check_needs, live_models
+from llmkd.teachers.base import SelfTeacher, Teacher, check_data, check_needs, live_models, reads_documents
 from llmkd.teachers.cached import CachedTeacher, cached
 from llmkd.teachers.ensemble import EnsembleTeacher, ensemble
 from llmkd.teachers.local import LocalTeacher, local
@@ -36,4 +36,4 @@ def as_teacher(teacher: str | nn.Module | Teacher | None) -> Teacher | None:
 
 __all__ = ["EMA", "TEACHERS", "CachedTeacher", "EnsembleTeacher", "FrozenStart", "LocalTeacher", "Partition",
            "PreviousEpoch", "RoutedTeacher", "SelfTeacher", "Teacher", "Votes", "as_teacher", "cached", "check_data",
-           "check_needs", "ensemble", "live_models", "local", "routed"]  # fmt: skip
+           "check_needs", "ensemble", "live_models", "local", "reads_documents", "routed"]  # fmt: skip

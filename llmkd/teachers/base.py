@@ -99,6 +99,11 @@ def live_models(teacher: Teacher | None) -> list[nn.Module]:
     return [model for model in models if model is not None]
 
 
+def reads_documents(teacher: Teacher | None) -> bool:
+    """Whether a teacher tells a batch's documents apart, for which `data.ids.DocumentCollator` names them."""
+    return any(getattr(one, "reads_documents", False) for one in (teacher, *parts_of(teacher)))
+
+
 def parts_of(teacher: Any) -> list[Teacher]:
     """The teachers that one is made of, those of its members included; itself if it has no members."""
     if teacher is None:

@@ -29,6 +29,7 @@ class CachedTeacher:
     """
 
     tokenizer: Any
+    reads_documents = True
 
     def __init__(self, stores: list[StoreFolder]) -> None:
         self.stores = stores
@@ -64,7 +65,7 @@ class CachedTeacher:
         if ids is None:
             raise ConfigError(
                 "teacher: got a batch without ids, by which stored rows are found; expected them. "
-                "Use llmkd.data.Collator, or add ids=llmkd.data.document_ids(examples) to the batch."
+                "Make batches with llmkd.data.DocumentCollator(your collator), as DistillTrainer does."
             )
         rows = self._rows([self._read(int(example)) for example in ids])
         expected = len(supervised_rows(batch))

@@ -30,6 +30,8 @@ class RoutedTeacher:
         ConfigError: the members do not go together.
     """
 
+    reads_documents = True
+
     def __init__(self, teachers: Mapping[str, Teacher]) -> None:
         self.domains, self.members = list(teachers), Members(list(teachers.values()))
         if len(self.members.temperatures) > 1:
@@ -65,7 +67,10 @@ class RoutedTeacher:
         """Each row of a batch as its example's teacher has it."""
         routes: Any = batch.get("routes")
         if not isinstance(routes, Routes):
-            raise ConfigError("teacher: got a batch without routes; expected examples with a column 'domain'. Add it.")
+            raise ConfigError(
+                "teacher: got a batch without routes; expected some. Give the examples a column 'domain', and make batches "
+                "with llmkd.data.DocumentCollator(your collator), as DistillTrainer does."
+            )
         width = self.vocab_size if vocab_size is None else vocab_size
         by_example = np.array([self._number(value) for value in routes.domains])
         owner = by_example[routes.examples]

@@ -8,7 +8,7 @@ import torch
 from place import MAX_LENGTH, TEXTS, opened, samples, save_texts, stage_of, write
 
 from llmkd import DistillTrainer, TokenDistill
-from llmkd.data import Collator
+from llmkd.data import Collator, DocumentCollator
 from llmkd.data.ids import dataset_ids, document_ids, id_name
 from llmkd.divergences import DIVERGENCES
 from llmkd.errors import ConfigError, DataError
@@ -31,7 +31,7 @@ def exact(request, teacher, corpus, tmp_path_factory):
 def batches(data, size: int, seed: int, packing: bool = False, side="right"):
     """The data shuffled, in batches."""
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
-    collate = Collator(0, packing=packing, padding_side=side)
+    collate = DocumentCollator(Collator(0, packing=packing, padding_side=side))
     return [collate([data[i] for i in order[start : start + size]]) for start in range(0, len(order), size)]
 
 
@@ -113,7 +113,7 @@ def test_what_a_store_cannot_show_is_said_at_once(exact, teacher, corpus, tmp_pa
 @pytest.mark.parametrize("store", ["hidden", {"name": "topk", "k": 8, "mass": 0.9}, {"name": "sampled", "draws": 5}])
 def test_a_batch_without_supervised_documents_has_no_rows(teacher, corpus, tmp_path, store):
     cached = opened(write(stage_of(teacher, corpus, tmp_path / "store", store)))
-    batch = Collator(0)([{"input_ids": [4, 5, 6], "labels": [-100, -100, -100]}])
+    batch = DocumentCollator(Collator(0))([{"input_ids": [4, 5, 6], "labels": [-100, -100, -100]}])
     assert batch["ids"].tolist() == []
     assert len(cached(batch, {Signal.LOGITS}, 259).rows) == 0
 
@@ -150,7 +150,7 @@ def test_an_example_that_is_not_stored_is_named(exact, tmp_path):
     with pytest.raises(DataError, match=f"example {name} is not in .*max_length {MAX_LENGTH}.*Write a store of these"):
         exact.check_data(data)
     with pytest.raises(DataError, match=name):
-        exact(Collator(0)([data[len(data) - 1]]), {Signal.LOGITS})
+        exact(DocumentCollator(Collator(0))([data[len(data) - 1]]), {Signal.LOGITS})
 
 
 def test_the_trainer_checks_both_datasets_before_it_trains(exact, make_model, corpus, tmp_path, tokenizer):
@@ -170,7 +170,7 @@ def test_another_tokenizer_is_an_error(exact, make_model):
 
 def test_a_batch_without_ids_and_one_whose_labels_were_changed(exact, corpus):
     batch = batches(samples(corpus), 2, 0)[0]
-    with pytest.raises(ConfigError, match=r"without ids.*Use llmkd\.data\.Collator"):
+    with pytest.raises(ConfigError, match=r"without ids.*llmkd\.data\.DocumentCollator"):
         exact({name: value for name, value in batch.items() if name != "ids"}, {Signal.LOGITS})
     fewer = {**batch, "rows": batch["rows"][1:]}
     with pytest.raises(DataError, match="rows in the store and"):

@@ -8,7 +8,7 @@ from place import opened, samples, save_teacher, stage_of, write
 from transformers import TrainingArguments
 
 from llmkd import DistillTrainer, TokenDistill
-from llmkd.data import Collator, DataSpec
+from llmkd.data import Collator, DataSpec, DocumentCollator
 from llmkd.errors import ConfigError, DataError
 from llmkd.events import TopKRows
 from llmkd.heads import DenseRows
@@ -104,7 +104,7 @@ def places(teacher, corpus, tmp_path_factory):
 @pytest.mark.parametrize("goal", [TokenDistill("reverse_kl"), TokenDistill("jsd"), DKD(), SinKD(1.0, top_k=264)])
 def test_members_live_and_cached_give_one_loss(places, corpus, second, goal):
     data = samples(corpus)
-    batch = Collator(0)([data[i] for i in range(4)])
+    batch = DocumentCollator(Collator(0))([data[i] for i in range(4)])
     members = [local(path=places["first"]), local(path=places["live"])]
     logits = [member(batch, {Signal.LOGITS}, 259).rows.logits(slice(None)) for member in members]
     truth = DenseRows(average(*logits).float())

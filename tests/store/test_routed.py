@@ -10,7 +10,7 @@ from place import opened, samples, save_teacher, save_texts, stage_of, write
 from transformers import TrainingArguments
 
 from llmkd import DistillTrainer, Mix, TokenDistill
-from llmkd.data import Collator
+from llmkd.data import Collator, DocumentCollator
 from llmkd.errors import ConfigError, DataError
 from llmkd.heads import DenseRows, HeadRows
 from llmkd.objectives import SinKD, SpanLoss
@@ -56,7 +56,7 @@ def test_rows_are_those_of_the_examples_own_teacher(teacher, second, corpus, tmp
         members = [opened(write(stage_of(path, corpus, folder, store))) for path, folder in stores]
     source = RoutedTeacher(dict(zip(("math", "code"), members, strict=True)))
     source.check_data(data)
-    collate = Collator(0, packing=packing)
+    collate = DocumentCollator(Collator(0, packing=packing))
     for start in range(0, len(data) - 3, 3):
         batch = collate([data[i] for i in range(start, start + 4)])
         by_example = [int(domain == "code") for domain in batch["routes"].domains]
@@ -74,7 +74,7 @@ def test_each_teacher_runs_on_its_own_examples(teacher, second, corpus):
         member._reader = lambda batch, reader=reader, name=name, **kwargs: (
             seen.__setitem__(name, len(batch["input_ids"])) or reader(batch=batch, **kwargs)
         )
-    RoutedTeacher(members)(Collator(0)([data[i] for i in range(6)]), {Signal.LOGITS}, 259)
+    RoutedTeacher(members)(DocumentCollator(Collator(0))([data[i] for i in range(6)]), {Signal.LOGITS}, 259)
     assert seen == {"math": 4, "code": 2}
 
 
@@ -102,7 +102,7 @@ def test_errors(teacher, second, corpus, tmp_path):
     with pytest.raises(DataError, match="got the domain 'prose'; expected one of math, code"):
         source.check_data(with_domains(data, ("math", "prose")))
     with pytest.raises(ConfigError, match="without routes"):
-        source(Collator(0)([data[0]]), {Signal.LOGITS})
+        source(DocumentCollator(Collator(0))([data[0]]), {Signal.LOGITS})
     few = save_texts(tmp_path / "few.jsonl", ["One text.", "Another."])
     stored = opened(write(stage_of(second, few, tmp_path / "hidden", "hidden")))
     with pytest.raises(DataError, match="is not in"):

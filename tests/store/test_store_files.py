@@ -10,7 +10,7 @@ from place import TEXTS, opened, samples, save_teacher, save_texts, stage_of, wr
 from safetensors import safe_open
 
 from llmkd import build
-from llmkd.data import Collator
+from llmkd.data import Collator, DocumentCollator
 from llmkd.data.manifest import verify
 from llmkd.errors import ConfigError, DataError
 from llmkd.stages.command import smoke_test
@@ -34,7 +34,7 @@ def folder(recipe):
 def read_all(folder, corpus) -> None:
     data, store = samples(corpus), opened(folder)
     for i in range(len(data)):
-        store(Collator(0)([data[i]]), {Signal.LOGITS})
+        store(DocumentCollator(Collator(0))([data[i]]), {Signal.LOGITS})
 
 
 def spoil(file, at: int) -> None:
