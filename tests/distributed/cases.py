@@ -33,6 +33,7 @@ class Case:
     evaluate: bool = False
     resume: bool = False
     domains: bool = False
+    cached: bool = False
 
 
 CASES = (
@@ -48,6 +49,7 @@ CASES = (
     Case("ema", "with_labels", ema=True, adamw=True, accumulation=2, resume=True),
     Case("uskd", "uskd", empty=True),
     Case("domains", domains=True, adamw=True, accumulation=2, resume=True),
+    Case("cached", tied=True, adamw=True, accumulation=2, evaluate=True, cached=True),
     Case("ema_lora", "with_labels", ema=True, lora=True, tied=True, adamw=True, resume=True),
 )
 

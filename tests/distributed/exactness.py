@@ -14,13 +14,16 @@ from safetensors.torch import save_file
 from transformers import TrainingArguments
 
 from llmkd import DistillTrainer
-from llmkd.data import Collator
+from llmkd.data import Collator, DataSpec, prepare
 from llmkd.mixing import mix_domains
 from llmkd.reweighting import DDK
+from llmkd.stages.runner import prepare as prepare_stage
+from llmkd.stages.runner import run as run_stage
 from llmkd.students.tiny import byte_tokenizer, tiny_config, tiny_model
-from llmkd.teachers import EMA
+from llmkd.teachers import EMA, cached
 
 STEPS, BATCH, RESUME_AT, INTERVAL = 5, 8, 2, 2
+HELD_OUT, LENGTH, TEXTS = 11, 24, "texts.jsonl"
 EXPORT, MERGED, WEIGHTS, REPORT = "student", "merged", "weights.safetensors", "report.json"
 
 
@@ -30,6 +33,19 @@ def write_models(folder: Path) -> None:
         torch.manual_seed(index)
         config = tiny_config(hidden_size=size, tie_word_embeddings=tied, initializer_range=0.2)
         tiny_model(config).save_pretrained(folder / name)
+    byte_tokenizer().save_pretrained(folder / "teacher")
+    _write_store(folder)
+
+
+def _write_store(folder: Path) -> None:
+    """Texts, and the teacher's hidden states of them."""
+    generator = torch.Generator().manual_seed(3)
+    lengths = torch.randint(6, 21, (STEPS * BATCH + HELD_OUT,), generator=generator).tolist()
+    texts = ["".join(map(chr, torch.randint(97, 123, (length,), generator=generator).tolist())) for length in lengths]
+    (folder / TEXTS).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    stage = {"name": "cache_teacher", "teacher": str(folder / "teacher"), "store": "hidden", "max_length": LENGTH}
+    recipe = {"stage": stage, "data": {"path": str(folder / TEXTS)}, "output_dir": str(folder / "store")}
+    run_stage(prepare_stage(recipe), lambda text: None)
 
 
 _MODELS = (("teacher", False, TEACHER_SIZE), ("untied", False, STUDENT_SIZE), ("tied", True, STUDENT_SIZE))
@@ -96,14 +112,19 @@ def trainer(
     torch.manual_seed(0)
     tokenizer = byte_tokenizer()
     lora = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
-    held_out = rows(11, seed=2)
+    train_dataset, held_out = train_rows(case), Dataset.from_list(rows(HELD_OUT, seed=2))
+    if case.domains:
+        held_out = _in_domains(rows(HELD_OUT, seed=2))
+    if case.cached:
+        samples = prepare(DataSpec(path=str(models / TEXTS), max_length=LENGTH), tokenizer).train
+        train_dataset, held_out = samples.select(range(STEPS * BATCH)), samples.skip(STEPS * BATCH)
     made = DistillTrainer(
         model=_load(models / ("tied" if case.tied else "untied")),
-        teacher=EMA(decay=0.5) if case.ema else _load(models / "teacher"),
+        teacher=_teacher(case, models),
         objective=OBJECTIVES[case.objective](),
         args=args,
-        train_dataset=train_rows(case),
-        eval_dataset=_in_domains(held_out) if case.domains else Dataset.from_list(held_out),
+        train_dataset=train_dataset,
+        eval_dataset=held_out,
         processing_class=tokenizer,
         peft_config=lora if case.lora else None,
         data_collator=Collator(0, **(collate or {})),
@@ -111,6 +132,12 @@ def trainer(
     if case.domains:
         mix_domains(made, DDK(interval=INTERVAL), output)
     return made
+
+
+def _teacher(case: Case, models: Path) -> Any:
+    if case.cached:
+        return cached(path=str(models / "store"))
+    return EMA(decay=0.5) if case.ema else _load(models / "teacher")
 
 
 def _load(path: Path) -> Any:

@@ -29,7 +29,7 @@ def wanted(log_p: torch.Tensor, label: int, k: int, mass: float) -> set[int]:
     """The smallest number of best tokens that reaches the mass, at most k, and the label."""
     kept, reached = [], 0.0
     for token in log_p.argsort(descending=True).tolist()[:k]:
-        if reached >= mass:
+        if mass < 1.0 and reached >= mass:  # 1 is no cut, whatever the rounding
             break
         kept.append(token)
         reached += log_p[token].double().exp().item()
