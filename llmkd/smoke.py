@@ -23,7 +23,7 @@ def smoke(config: Mapping[str, Any], announce: Any = print) -> dict[str, Any]:
     small["train"] = {**small["train"], "max_steps": 2, "per_device_train_batch_size": 8, "bf16": False, "fp16": False,
                       "gradient_accumulation_steps": 1, "per_device_eval_batch_size": 2, "logging_steps": 1,
                       "eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False,
-                      "report_to": "none", "push_to_hub": False}  # fmt: skip
+                      "report_to": "none", "push_to_hub": False, "torch_compile": False}  # fmt: skip
     for part in ("model", "teacher"):
         if isinstance(small.get(part), Mapping):
             small[part] = {key: value for key, value in small[part].items() if key not in ("attn_implementation",)}
