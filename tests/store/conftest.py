@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from place import save_teacher, save_texts
+from shelf import save_teacher, save_texts
 
 
 @pytest.fixture(scope="session")

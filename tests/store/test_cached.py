@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from place import MAX_LENGTH, TEXTS, opened, samples, save_texts, stage_of, write
+from shelf import MAX_LENGTH, TEXTS, opened, samples, save_texts, stage_of, write
 
 from llmkd import DistillTrainer, TokenDistill
 from llmkd.data import Collator, DocumentCollator

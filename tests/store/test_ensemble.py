@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from place import opened, samples, save_teacher, stage_of, write
+from shelf import opened, samples, save_teacher, stage_of, write
 from transformers import TrainingArguments
 
 from llmkd import DistillTrainer, TokenDistill
@@ -151,7 +151,7 @@ def test_what_does_not_go_together(places, teacher, corpus, tmp_path, make_model
 
 
 def test_members_that_lack_an_example_say_so(places, tmp_path):
-    from place import save_texts
+    from shelf import save_texts
 
     mixed = ensemble(teachers=[places["first"], places["hidden"]])
     with pytest.raises(DataError, match="is not in"):

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, concatenate_datasets
-from place import TEXTS, opened, samples, save_texts, stage_of, write
+from shelf import TEXTS, opened, samples, save_texts, stage_of, write
 from transformers import TrainingArguments
 
 from llmkd import CrossEntropy, DistillTrainer, Mix, TokenDistill

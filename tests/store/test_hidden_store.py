@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from rows import WIDTH, head_rows, labels_of, stored
+from teacher_rows import WIDTH, head_rows, labels_of, stored
 
 from llmkd.divergences import DIVERGENCES, divergence
 from llmkd.errors import ConfigError

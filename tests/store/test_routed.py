@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel
-from place import opened, samples, save_teacher, save_texts, stage_of, write
+from shelf import opened, samples, save_teacher, save_texts, stage_of, write
 from transformers import TrainingArguments
 
 from llmkd import DistillTrainer, Mix, TokenDistill

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from rows import head_rows, labels_of, log_p_of, stored
+from teacher_rows import head_rows, labels_of, log_p_of, stored
 
 from llmkd.divergences import divergence
 from llmkd.errors import ConfigError

@@ -6,8 +6,8 @@ import json
 import shutil
 
 import pytest
-from place import TEXTS, opened, samples, save_teacher, save_texts, stage_of, write
 from safetensors import safe_open
+from shelf import TEXTS, opened, samples, save_teacher, save_texts, stage_of, write
 
 from llmkd import build
 from llmkd.data import Collator, DocumentCollator
