@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -119,9 +120,15 @@ def test_the_core_knows_no_concrete_method(module):
         assert not concrete or target in interfaces, f"{module} imports {target}"
 
 
+def test_modules_of_tests_have_names_of_their_own():
+    """They are imported by their base name, whichever folder they are in."""
+    counts = Counter(path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py")
+    assert [name for name, count in counts.items() if count > 1] == []
+
+
 def test_divergences_and_drivers_stand_on_torch_alone():
     for path in SOURCES:
-        if name_of(path).split(".")[0] in ("divergences", "support", "heads", "fused", "rows", "objectives"):
+        if name_of(path).split(".")[0] in ("divergences", "support", "heads", "events", "fused", "rows", "objectives"):
             named = {n.module or "" for n in ast.walk(TREES[path]) if isinstance(n, ast.ImportFrom)}
             named |= {alias.name for n in ast.walk(TREES[path]) if isinstance(n, ast.Import) for alias in n.names}
             assert not {name.split(".")[0] for name in named} & {"transformers", "peft", "accelerate", "datasets"}, path
