@@ -216,7 +216,12 @@ def _train(name: str, seed: int, steps: int, parts: Parts) -> Parts:
     )  # fmt: skip
     data, student = parts["data"], copy.deepcopy(parts["student"])
     goal = TokenDistill("forward_kl")
-    trainer = DistillTrainer(student, parts[name], goal, args, data.train, data.eval, parts["tokenizer"])
+    collate = DocumentCollator(
+        Collator(parts["tokenizer"].pad_token_id)
+    )  # the teacher that measures reads a store, too
+    trainer = DistillTrainer(
+        student, parts[name], goal, args, data.train, data.eval, parts["tokenizer"], data_collator=collate
+    )
     started = time.perf_counter()
     trainer.train()
     seconds = (time.perf_counter() - started) / steps

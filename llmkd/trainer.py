@@ -99,7 +99,7 @@ class DistillTrainer(Checkpoints, Trainer):
         check_data(self.teacher, train_dataset, *_each(eval_dataset))
         if getattr(self.data_collator, "packing", False):
             self._check_packing()
-        if reads_documents(self.teacher):
+        if reads_documents(self.teacher) and not isinstance(self.data_collator, DocumentCollator):
             self.data_collator = DocumentCollator(self.data_collator)
         self._train_meter, self._step_meter, self._bad_step = Meter(), Meter(), torch.tensor(torch.inf)
         self._last_log, self.interrupt = time.perf_counter(), Interrupt()
