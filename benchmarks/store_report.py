@@ -97,7 +97,21 @@ def table(result: Parts) -> str:
         f"SmolLM2-135M-Instruct's rows (V = 49152, float32), a student of {len(setting['layers'])} of its layers, "
         f"{setting['steps']} steps, {result['training'][LIVE]['seeds']} orders of the data (± one standard deviation); in "
         f"float32 hidden states train to {bits}. DistillKit's format takes {formula['49152']['50']} bytes at k = 50 and "
-        f"{formula['49152']['128']} at k = 128 by its formula, without label and tail. On {result['device']}; "
+        f"{formula['49152']['128']} at k = 128 by its formula, without label and tail. Order by order, against live: "
+        f"{_gaps(result['training'])} nats; K events and a tail teach nothing within the tail. On {result['device']}; "
         "[store.json](benchmarks/results/store.json) comes again from `python -m benchmarks store`.",
+        "",
+        "![Held-out KL after training against bytes a token](benchmarks/results/store.svg)",
     ]
     return "\n".join(lines)
+
+
+def _gaps(training: Parts) -> str:
+    """How much farther from the teacher than live training each kind ends, on the orders that both have."""
+    live = training[LIVE]["kl"]["values"]
+    gaps = {
+        name: [value - other for value, other in zip(found["kl"]["values"], live, strict=False)]
+        for name, found in training.items()
+        if name != LIVE and len(found["kl"]["values"]) > 1
+    }
+    return ", ".join(f"`{name}` {min(gap):+.3f} to {max(gap):+.3f}" for name, gap in gaps.items())
