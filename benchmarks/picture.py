@@ -18,7 +18,7 @@ LOADED_MS = 300_000
 
 
 def picture(
-    runs: list[Path], token: str = typer.Option("0,0,8", help="Run, sample, token that the pointer is on.")
+    runs: list[Path], token: str = typer.Option("0,0,27", help="Run, sample, token that the pointer is on.")
 ) -> None:
     """Write report.png, report_tokens.png and, with every number of the runs, report.json."""
     from playwright.sync_api import sync_playwright
