@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import resource
 import signal
 import sys
-import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,21 +199,30 @@ def _stage_disk_full(number: int) -> None:
 
 
 def _watch_memory(_: int) -> None:
-    """Print the most memory that this process has had for itself."""
+    """Print the most memory that a stage has had for itself when it has read rows or is about to write some.
+
+    What allocators keep for later is given back first: how much that is depends on who was faster.
+    """
     import psutil
+    import pyarrow
 
-    process, peak = psutil.Process(), 0
+    from llmkd.stages import files, runner, source
 
-    def watch() -> None:
-        nonlocal peak
-        while True:
-            seen = process.memory_info()
-            if seen.rss - seen.shared > peak:
-                peak = seen.rss - seen.shared
-                print(f"peak {peak}", flush=True)
-            time.sleep(0.005)
+    process, trim, original = psutil.Process(), ctypes.CDLL(None).malloc_trim, files.put
 
-    threading.Thread(target=watch, daemon=True).start()
+    def look(*_: Any) -> None:
+        pyarrow.default_memory_pool().release_unused()
+        trim(0)
+        seen = process.memory_info()
+        print(f"held {seen.rss - seen.shared}", flush=True)
+
+    def put(*args: Any) -> None:
+        look()
+        original(*args)
+
+    files.put = runner.put = put
+    for rows in (source.LoadedRows, source.StageRows):
+        _around(rows, "read", after=look)
 
 
 FAULTS: dict[str, Callable[[int], None]] = {
