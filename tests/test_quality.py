@@ -11,8 +11,9 @@ from datasets import Dataset
 
 from benchmarks.quality import bench as quality_bench
 from benchmarks.quality import entries, report, results
-from benchmarks.quality.bench import Bench, RecordedTeacher, evenly_spaced
+from benchmarks.quality.bench import Bench, evenly_spaced
 from benchmarks.quality.picture import draw
+from benchmarks.recorded import RecordedTeacher
 from llmkd import build
 from llmkd.data.collate import Collator
 from llmkd.errors import ConfigError
@@ -173,7 +174,7 @@ def tiny_bench(make_model) -> Bench:
     student, teacher = make_model(seed=1), LocalTeacher(make_model(seed=2))
     start = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     train = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
-    recorded = RecordedTeacher(teacher, samples)
+    recorded = RecordedTeacher(teacher)
     parts = (samples.select(range(8)), samples.select(range(8, 12)))
     return Bench({"train": train}, student, start, recorded, byte_tokenizer(), *parts)
 

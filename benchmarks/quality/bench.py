@@ -5,28 +5,23 @@ from __future__ import annotations
 import gc
 import tempfile
 import time
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PrinterCallback, set_seed
 
 from benchmarks.quality.results import MEASURES
+from benchmarks.recorded import RecordedTeacher
 from llmkd import build, config
-from llmkd.adapters.causal_lm import head_of, head_settings
 from llmkd.data import prepare
-from llmkd.data.collate import IGNORE, collator
 from llmkd.distributed import start_processes
 from llmkd.errors import TrainingError
 from llmkd.objectives import CrossEntropy, Objective
-from llmkd.rows import HeadRows
-from llmkd.teachers import TEACHERS, LocalTeacher, Teacher
+from llmkd.teachers import TEACHERS, Teacher
 from llmkd.trainer import DistillTrainer
-from llmkd.types import Batch, Outputs, Signal
 from llmkd.weights import reading_once
 
 QUICKSTART = Path(__file__).parent.parent.parent / "recipes" / "quickstart.yaml"
@@ -49,44 +44,6 @@ def settings(quick: bool = False) -> dict[str, Any]:
     )
     del recipe["objective"], recipe["train"]["output_dir"]
     return {**recipe, "train_samples": steps * BATCH, "held_out_samples": held_out}
-
-
-class RecordedTeacher:
-    """A teacher's final hidden states of known samples, computed once: the rows that it would show, at the cost of its head.
-
-    Every objective sees the same tokens, so its decoder has to run over them only once.
-
-    Args:
-        teacher: a live causal LM. samples: tokenised ones, padded on the right when they are asked for.
-    """
-
-    provides = frozenset({Signal.LOGITS})
-
-    def __init__(self, teacher: LocalTeacher, samples: Dataset) -> None:
-        self.teacher, self.tokenizer, self.vocab_size = teacher, teacher.tokenizer, teacher.vocab_size
-        self._hidden = {tuple(ids): self._read(ids) for ids in samples["input_ids"]}
-
-    def _read(self, ids: list[int]) -> Tensor:
-        """The final hidden states [T - 1, H] that predict each token but the first."""
-        batch = collator("token", None)([{"input_ids": ids, "labels": [IGNORE, *ids[1:]]}])
-        return self.teacher(batch, {Signal.LOGITS}).rows.hidden  # type: ignore[union-attr]
-
-    def prepare(self, accelerator: Any) -> None:
-        """Move to the accelerator's device."""
-        self.teacher.prepare(accelerator)
-
-    def __call__(self, batch: Batch, needs: Collection[Signal], vocab_size: int | None = None) -> Outputs:
-        """The rows of a batch of recorded samples."""
-        columns = (
-            batch["input_ids"].tolist(),
-            batch["attention_mask"].sum(-1).tolist(),
-            batch["labels"].cpu() != IGNORE,
-        )
-        hidden = [self._hidden[tuple(ids[:n])][said[1:n]] for ids, n, said in zip(*columns, strict=True)]
-        hidden = torch.cat(hidden).to(batch["input_ids"].device)
-        model: Any = self.teacher.model
-        scale, softcap = head_settings(model.config)
-        return Outputs(rows=HeadRows(hidden, head_of(model), scale=scale, softcap=softcap, vocab_size=vocab_size))
 
 
 @dataclass
@@ -153,7 +110,7 @@ def make(settings: dict[str, Any]) -> Bench:
         parts = build.parts({**settings, "data": {}, "objective": "cross_entropy"})
     train = evenly_spaced(data.train, settings["train_samples"])
     held_out = evenly_spaced(data.eval, settings["held_out_samples"])
-    teacher = RecordedTeacher(parts.teacher, concatenate_datasets([train, held_out]))  # type: ignore[arg-type]
+    teacher = RecordedTeacher(parts.teacher)  # type: ignore[arg-type]
     start = {name: tensor.clone() for name, tensor in parts.model.state_dict().items()}
     return Bench(settings, parts.model, start, teacher, parts.tokenizer, train, held_out)
 

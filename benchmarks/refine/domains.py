@@ -17,11 +17,11 @@ from datasets import Dataset
 from torch import nn
 from transformers import PrinterCallback, set_seed
 
+from benchmarks.recorded import RecordedTeacher
 from benchmarks.refine import corpus
 from benchmarks.refine.arms import SAMPLINGS
-from benchmarks.refine.recorded import RecordedTeacher
 from llmkd import build, config
-from llmkd.data.domains import COLUMN
+from llmkd.data.ids import DOMAIN
 from llmkd.distributed import start_processes
 from llmkd.mixing import FILE, mix_domains
 from llmkd.objectives import Objective
@@ -75,8 +75,8 @@ class Bench:
 
     def shared(self) -> dict[str, Any]:
         """The start of every run: its distance to the teacher, and the windows of each domain."""
-        counts = Counter(self.train[COLUMN])
-        names = self.train.features[COLUMN].names
+        counts = Counter(self.train[DOMAIN])
+        names = self.train.features[DOMAIN].names
         return {"start": self.measure(), "windows": {name: counts[i] for i, name in enumerate(names)}}
 
     def summary(self, run: dict[str, Any]) -> str:
@@ -100,8 +100,8 @@ class Bench:
     def measure(self) -> dict[str, Any]:
         """KL to the teacher and perplexity of each domain's test windows, and the mean and the worst KL."""
         kl, perplexity = {}, {}
-        for number, name in enumerate(self.test.features[COLUMN].names):
-            rows = self.test.filter(lambda domain, wanted=number: domain == wanted, input_columns=COLUMN)
+        for number, name in enumerate(self.test.features[DOMAIN].names):
+            rows = self.test.filter(lambda domain, wanted=number: domain == wanted, input_columns=DOMAIN)
             with tempfile.TemporaryDirectory() as folder:
                 trainer = self._trainer(rows, build.objective("cross_entropy"), 0, folder)
                 report = trainer.evaluate()

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.recorded import RecordedTeacher
 from benchmarks.refine import corpus, report, results
-from benchmarks.refine.recorded import RecordedTeacher
 from llmkd.errors import ConfigError, DataError
 from llmkd.teachers import LocalTeacher
 from llmkd.types import Signal
