@@ -56,25 +56,6 @@ def lines(metrics: Mapping[str, Any]) -> list[tuple[str, ...]]:
     ]
 
 
-def evaluation_lines(evaluation: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """evaluation.json as a table: a head, then a line a metric of a task, a column a model."""
-    models = list(evaluation["models"])
-    lines = [("task", "version", "metric", *models)]
-    for name, task in evaluation["tasks"].items():
-        metrics = dict.fromkeys(metric for found in task["models"].values() for metric in found)
-        for metric in metrics:
-            cells = (_measured(task["models"].get(model, {}).get(metric)) for model in models)
-            lines.append((f"{name} (n = {task['n']:,})", str(task["version"]), metric, *cells))
-    return lines
-
-
-def _measured(found: Mapping[str, Any] | None) -> str:
-    if found is None or found["value"] is None:
-        return "-"
-    interval = found.get("interval")
-    return f"{found['value']:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
-
-
 def next_command(folder: Path) -> str:
     """Let the student speak, with transformers alone."""
     student = folder / "student"

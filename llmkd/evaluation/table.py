@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 Part = tuple[Path, Mapping[str, Any], Mapping[str, Sequence[str]]]  # a results file, its document, names -> their tasks
@@ -26,7 +27,7 @@ def show(parts: Sequence[Part], console: Console | None = None) -> None:
     for file, document, groups in parts:
         prefix = "" if len(parts) == 1 else f"{file.parent.name}: "
         for name, metric, cells in rows(document, _leaves(groups), labels, between):
-            table.add_row(f"{prefix}{name}", metric, str(document["tasks"][name]["n"]), *cells)
+            table.add_row(f"{prefix}{name}", metric, str(document["tasks"][name]["n"]), *map(escape, cells))
     table.add_section()
     for name, average in all_averages(parts, labels):
         table.add_row(name, "average", "", *("-" if score is None else f"{score:.3f}" for score in average))
@@ -73,12 +74,21 @@ def rows(
     return out
 
 
+def lines(document: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """All results of a document as a table: a head, then a line a metric of a task, a column a model."""
+    models, tasks = list(document["models"]), document["tasks"]
+    return [("task", "version", "metric", *models)] + [
+        (f"{name} (n = {tasks[name]['n']:,})", str(tasks[name]["version"]), metric, *cells)
+        for name, metric, cells in rows(document, list(tasks), models)
+    ]
+
+
 def cell(number: Mapping[str, Any] | None, between: str = " ") -> str:
     """A value with its interval."""
     if number is None or number["value"] is None:
         return "-"
     interval = number["interval"]
-    return f"{number['value']:.3f}" + (f"{between}\\[{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
+    return f"{number['value']:.3f}" + (f"{between}[{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
 
 
 def averages(document: Mapping[str, Any], names: Sequence[str], labels: Sequence[str]) -> list[float | None]:

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from llmkd import config as recipes
 from llmkd import table
+from llmkd.evaluation.table import lines as evaluated_lines
 from llmkd.finished import Run, read_json
 from llmkd.hub.licence import Inherited, inherited
 from llmkd.hub.methods import Used, bibtex, used
@@ -50,7 +51,7 @@ def card(run: Run, licence: Inherited, adapter: bool = False) -> ModelCard:
         manifests=_manifests(run.config["data"]),
         training=_rows(_training(run.metrics)),
         results=_rows(table.lines(run.metrics)),
-        evaluation=_rows(table.evaluation_lines(run.evaluation)) if evaluated else [],
+        evaluation=_rows(evaluated_lines(run.evaluation)) if evaluated else [],
         recipe=recipes.dump(run.config).rstrip(),
         citations=bibtex(parts),
     )

@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from llmkd import table
 from llmkd.errors import ConfigError
+from llmkd.evaluation.table import lines as evaluated_lines
 from llmkd.finished import Run, read_run
 from llmkd.report.figures import COLOURS, Named, plotly_js, sections
 
@@ -48,9 +49,7 @@ def page(runs: Named) -> str:
         title="llmkd: " + ", ".join(runs),
         runs=[_head(label, run, i) for i, (label, run) in enumerate(runs.items())],
         evaluations=[
-            (label, table.evaluation_lines(run.evaluation))
-            for label, run in runs.items()
-            if run.evaluation.get("tasks")
+            (label, evaluated_lines(run.evaluation)) for label, run in runs.items() if run.evaluation.get("tasks")
         ],
         sections=list(sections(runs)),
         views=[(label, *_view(run)) for label, run in runs.items()],
