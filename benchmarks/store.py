@@ -216,9 +216,7 @@ def _train(name: str, seed: int, steps: int, parts: Parts) -> Parts:
     )  # fmt: skip
     data, student = parts["data"], copy.deepcopy(parts["student"])
     goal = TokenDistill("forward_kl")
-    collate = DocumentCollator(
-        Collator(parts["tokenizer"].pad_token_id)
-    )  # the teacher that measures reads a store, too
+    collate = DocumentCollator(Collator(parts["tokenizer"].pad_token_id))  # for the store that measures, too
     trainer = DistillTrainer(
         student, parts[name], goal, args, data.train, data.eval, parts["tokenizer"], data_collator=collate
     )

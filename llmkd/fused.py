@@ -113,11 +113,12 @@ class _Tally:
         dtype = torch.promote_types(like.dtype, torch.float32)
         self.total = torch.zeros((), dtype=dtype, device=like.device)
         self.sums = torch.zeros(len(terms), dtype=dtype, device=like.device)
-        whole = need_logits and not (
-            isinstance(teacher, TopKRows) and teacher.sampled
-        )  # closed forms need all the mass
+        drawn = isinstance(teacher, TopKRows) and teacher.sampled  # closed forms need all the mass
         closed = (closed_form(term.fn, one_kernel=like.is_cuda) for term in terms)
-        self.closed = [form if whole and term.scale != 0 else None for form, term in zip(closed, terms, strict=True)]
+        self.closed = [
+            form if need_logits and not drawn and term.scale != 0 else None
+            for form, term in zip(closed, terms, strict=True)
+        ]
         learns = need_logits or bool(trained)
         pairs = zip(terms, self.closed, strict=True)
         self.traced = [learns and form is None and term.scale != 0 for term, form in pairs]

@@ -17,7 +17,8 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from llmkd.data.domains import COLUMN, DomainSampler
+from llmkd.data.domains import DomainSampler
+from llmkd.data.ids import DOMAIN
 from llmkd.errors import ConfigError, TrainingError
 from llmkd.events import TopKRows
 from llmkd.meters import Meter
@@ -209,10 +210,10 @@ def _names(trainer: DistillTrainer) -> list[str]:
     """The domains' names, the same in both data sets."""
     found = []
     for what, data in (("train_dataset", trainer.train_dataset), ("eval_dataset", trainer.eval_dataset)):
-        names = getattr(getattr(data, "features", {}).get(COLUMN), "names", None)  # type: ignore[union-attr]
+        names = getattr(getattr(data, "features", {}).get(DOMAIN), "names", None)  # type: ignore[union-attr]
         if names is None:
             raise ConfigError(
-                f"{what}: got none with a ClassLabel column '{COLUMN}'; expected every row's domain. "
+                f"{what}: got none with a ClassLabel column '{DOMAIN}'; expected every row's domain. "
                 "Use data.domains.prepare, or Dataset.class_encode_column."
             )
         found.append(list(names))
@@ -226,7 +227,7 @@ def _names(trainer: DistillTrainer) -> list[str]:
 
 
 def _count(data: Any, names: list[str], what: str) -> dict[str, int]:
-    counts = dict(zip(names, np.bincount(data[COLUMN], minlength=len(names)).tolist(), strict=True))
+    counts = dict(zip(names, np.bincount(data[DOMAIN], minlength=len(names)).tolist(), strict=True))
     for name, count in counts.items():
         if count == 0:
             raise ConfigError(f"domain '{name}': got no rows for {what}; expected at least one. Add some.")
@@ -241,7 +242,7 @@ def _sampler(trainer: DistillTrainer, domains: int, interval: int) -> DomainSamp
     args, data = trainer.args, trainer.train_dataset
     grouped = args.train_sampling_strategy == "group_by_length"
     return DomainSampler(
-        data[COLUMN],  # type: ignore[index]
+        data[DOMAIN],  # type: ignore[index]
         domains,
         interval * _rows_a_step(args),
         args.seed if args.data_seed is None else args.data_seed,
@@ -251,7 +252,7 @@ def _sampler(trainer: DistillTrainer, domains: int, interval: int) -> DomainSamp
 
 
 def _by_domain(data: Any, names: list[str]) -> dict[str, Any]:
-    numbers = np.asarray(data[COLUMN])
+    numbers = np.asarray(data[DOMAIN])
     return {name: data.select(np.flatnonzero(numbers == i)) for i, name in enumerate(names)}
 
 

@@ -12,12 +12,12 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from llmkd.data.ids import DOMAIN
 from llmkd.data.load import DataSpec, SourceSpec, has_domains, load_rows
 from llmkd.data.samples import Prepared
 from llmkd.data.samples import prepare as prepare_one
 from llmkd.errors import DataError, did_you_mean
 
-COLUMN = "domain"  # of prepared samples: a ClassLabel, whose names are the domains'
 Sources = dict[str, tuple[SourceSpec, Dataset]]
 
 
@@ -109,7 +109,7 @@ def _joined(parts: dict[str, Prepared]) -> Prepared:
     label = ClassLabel(names=list(parts))
 
     def join(datasets: Sequence[Dataset]) -> Dataset:
-        marked = [data.add_column(COLUMN, [i] * len(data), feature=label) for i, data in enumerate(datasets)]
+        marked = [data.add_column(DOMAIN, [i] * len(data), feature=label) for i, data in enumerate(datasets)]
         return concatenate_datasets(marked)
 
     report: dict[str, int] = {"domains": len(parts)}

@@ -11,7 +11,7 @@ import numpy as np
 from llmkd.types import Routes
 
 BLOCK = 1024
-DOMAIN = "domain"  # the column that says where an example is from
+DOMAIN = "domain"  # the column that says where an example is from; of prepared samples a ClassLabel
 COLUMNS = ("input_ids", "labels", "seq_lengths")
 
 

@@ -46,10 +46,10 @@ class ShardFile:
     """A shard, memory-mapped: nothing but its index is read before an example is asked for.
 
     Raises:
-        DataError: the file is not as long as the manifest says, or no shard.
+        DataError: it is no shard.
     """
 
-    def __init__(self, folder: Path, file: Path) -> None:
+    def __init__(self, file: Path) -> None:
         self.file = file
         try:
             self._open = safe_open(file, "numpy")
@@ -91,7 +91,7 @@ class StoreFolder:
     def __init__(self, path: str) -> None:
         self.folder = Path(path).expanduser()
         self.manifest = _manifest(self.folder)
-        self.shards = [ShardFile(self.folder, check_size(self.folder, shard)) for shard in self.manifest.shards]
+        self.shards = [ShardFile(check_size(self.folder, shard)) for shard in self.manifest.shards]
         ids = [shard.ids for shard in self.shards]
         order = np.argsort(np.concatenate(ids), kind="stable")
         self.ids = np.concatenate(ids)[order]
