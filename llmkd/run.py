@@ -183,14 +183,15 @@ def _measured(trainer: DistillTrainer, logs: Mapping[str, float], speed: float |
 
 
 def _teacher_column(trainer: DistillTrainer, final: Mapping[str, float], speed: float | None) -> dict[str, Any]:
+    """What was measured of the teacher, or nothing; of one that is not here, such as a store, neither speed nor size."""
     model = getattr(trainer.teacher, "model", None)
-    if model is None:
-        return {}
     unit = trainer.distiller.adapter.unit
     named = {"token": ("perplexity", "bits_per_byte"), "example": ("accuracy", "mse")}[unit]
     values = {name: final.get(f"eval_teacher_{name}") for name in named}
+    if trainer.teacher is None or (model is None and not any(values.values())):
+        return {}
     same = {"kl": 0.0, "top1_agreement": 1.0} if "eval_mse" not in final else {"mse_to_teacher": 0.0}
-    size = sum(zero3.size(p) for p in model.parameters())
+    size = sum(zero3.size(p) for p in model.parameters()) if model is not None else None
     return {**same, **values, "tokens_per_second": speed, "parameters": size}
 
 

@@ -23,10 +23,10 @@ class Stage(ABC):
     depend on the shard's rows and on `identity` alone, never on the rank, the order of shards or the time.
 
     Attributes:
-        suffix: of the files that `write` makes.
+        suffix: of the files that `write` makes. given_as: the key of another recipe that takes the folder.
     """
 
-    suffix = ".parquet"
+    suffix, given_as = ".parquet", "data.path"
 
     def identity(self) -> dict[str, Any]:
         """What the result depends on beside recipe and data: revisions of models, tokenizers. Plain JSON values."""

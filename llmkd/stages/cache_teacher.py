@@ -44,7 +44,7 @@ class CacheTeacher(Stage):
     Fidelity: derived (the format is ours).
     """
 
-    suffix = ".safetensors"
+    suffix, given_as = ".safetensors", "teacher.path, with teacher.name=cached"
 
     def __init__(self, *, teacher: str | dict, store: Codec, max_length: int = 1024, batch_size: int = 8) -> None:
         for name, value, least in (("max_length", max_length, 2), ("batch_size", batch_size, 1)):

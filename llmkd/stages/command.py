@@ -60,7 +60,7 @@ def stage(
     else:
         seconds = time.perf_counter() - started
         say = print if makes else announce  # the rank that is last, whichever it is, has the last word
-        say(f"{job.folder}: {_summary(manifest)}; {seconds:.0f} s. Give it to another recipe as data.path.")
+        say(f"{job.folder}: {_summary(manifest)}; {seconds:.0f} s. Give it to another recipe as {job.stage.given_as}.")
         if isinstance(job.stage, Select) and report is not None and (makes or is_main()):
             _write_page(job.stage, job, report)
             say(f"page: {report}")
