@@ -15,7 +15,7 @@ from llmkd.evaluation.table import lines as evaluated_lines
 from llmkd.finished import Run, read_json
 from llmkd.hub.licence import Inherited, inherited
 from llmkd.hub.methods import Used, bibtex, used
-from llmkd.sources import is_hub_name
+from llmkd.sources import is_hub_name, teachers_behind
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 FILE = "README.md"
@@ -58,7 +58,8 @@ def card(run: Run, licence: Inherited, adapter: bool = False) -> ModelCard:
 
 
 def _data(run: Run, licence: Inherited, parts: list[Used], adapter: bool) -> ModelCardData:
-    bases = dict.fromkeys(path for part in ("model", "teacher") if is_hub_name(path := _path(run.config.get(part))))
+    given = (run.config.get("model"), *teachers_behind(run.config.get("teacher")))
+    bases = dict.fromkeys(path for spec in given if is_hub_name(path := _path(spec)))
     data_path = run.config["data"]["path"]
     architectures = (read_json(run.student / "config.json") or {}).get("architectures") or [""]
     classifies = architectures[0].endswith("ForSequenceClassification")
@@ -130,9 +131,10 @@ def _dataset(path: Any) -> str:
 
 
 def _summary(run: Run, adapter: bool) -> str:
-    teacher = _path(run.config.get("teacher"))
+    teachers = " and ".join(_named(spec["path"]) for spec in teachers_behind(run.config.get("teacher")))
+    alone = "distilled from itself" if run.config.get("teacher") else "trained without a teacher"
     what = "A LoRA adapter" if adapter else "A model"
-    how = f"distilled from {_named(teacher)}" if teacher else "trained without a teacher"
+    how = f"distilled from {teachers}" if teachers else alone
     return f"{what} {how} with llmkd."
 
 
@@ -143,16 +145,16 @@ def _named(path: Any) -> str:
 def _models(run: Run, licence: Inherited) -> Iterable[tuple]:
     sizes = {"teacher": run.metrics["teacher"].get("parameters")}
     revisions = run.metrics.get("revisions", {})
-    for part, label in (("teacher", "teacher"), ("model", "student's start")):
-        spec = run.config.get(part)
-        if spec is None:
-            continue
+    teacher = run.config.get("teacher")
+    behind = teachers_behind(teacher) or ([] if teacher is None else [teacher])
+    given = [*(("teacher", "teacher", spec) for spec in behind), ("model", "student's start", run.config["model"])]
+    for part, label, spec in given:
         options = {"path": spec} if isinstance(spec, str) else spec
         path = options.get("path")
         how = {key: value for key, value in options.items() if key not in ("path", "revision")}
         what = " ".join(filter(None, (_named(path) if path else "the teacher's weights,", _inline(how))))
         named = filter(None, (options.get("revision"), revisions.get(part)))
-        inherits = licence.sources.get(part if path else "teacher")
+        inherits = licence.sources.get(str(path or _path(next(iter(behind), None))))
         yield label, what, " = ".join(dict.fromkeys(named)), sizes.get(part), inherits
     yield "student", "this model", "", run.metrics["parameters"], licence.licence
 

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
 from llmkd.errors import ConfigError
-from llmkd.sources import is_hub_name
+from llmkd.sources import is_hub_name, teachers_behind
 from llmkd.weights import locate
 
 PERMISSIVE = frozenset(
@@ -41,7 +41,8 @@ RESTRICTED: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Inherited:
-    """The student's licence, None if it does not follow from its sources, and what to look at before it is published."""
+    """The student's licence, None if it does not follow from its sources', by their paths, and what to look at before it is
+    published."""
 
     licence: str | None
     sources: dict[str, str | None]
@@ -50,10 +51,15 @@ class Inherited:
 
 def inherited(config: Mapping[str, Any]) -> Inherited:
     """The licence of a recipe's student: its sources' if they share one; its start's if all are permissive; else open."""
-    sources = {part: licence_of(config[part]) for part in ("model", "teacher") if _path(config.get(part)) is not None}
+    starts = [config["model"]] if _path(config["model"]) is not None else []
+    given = [
+        *(("start", spec) for spec in starts),
+        *(("teacher", spec) for spec in teachers_behind(config.get("teacher"))),
+    ]
+    sources = {str(_path(spec)): licence_of(spec) for _, spec in given}
     warnings = []
-    for part, licence in sources.items():
-        what = f"the {'teacher' if part == 'teacher' else 'start'} `{_path(config[part])}`"
+    for part, spec in given:
+        licence, what = sources[str(_path(spec))], f"the {part} `{_path(spec)}`"
         if licence is None:
             warnings.append(f"The licence of {what} could not be read: look it up before you publish the student.")
         elif licence in RESTRICTED:

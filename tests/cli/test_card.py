@@ -111,6 +111,18 @@ def test_names_on_the_hub_reach_the_metadata(read, run):
     assert (result.dataset_type, result.dataset_config, result.dataset_revision) == ("org/texts", "en", "b" * 40)
 
 
+def test_a_student_of_several_teachers_names_each(read, run):
+    teachers = ["org/large", {"path": "org/larger", "revision": "v2"}]
+    change(run / "config.yaml", teacher={"name": "ensemble", "teachers": teachers})
+    card = read()
+    assert "distilled from [org/large](https://huggingface.co/org/large) and [org/larger]" in card.text
+    assert [line.count("org/large") > 0 for line in card.text.splitlines() if line.startswith("| teacher |")] == [
+        True,
+        True,
+    ]
+    assert {"org/large", "org/larger"} <= set(card.data.base_model)
+
+
 def test_the_licence_is_inherited_and_its_limits_are_said(llmkd, read, run, models, tmp_path):
     teacher = Path(shutil.copytree(models / "teacher", tmp_path / "large"))
     change(run / "config.yaml", model={"name": "depth", "layers": 1}, teacher=str(teacher))

@@ -59,6 +59,17 @@ def test_a_licence_that_is_not_in_the_table(model):
     assert "`our-own`, is not one that llmkd knows" in found.warnings[0]
 
 
+def test_every_teacher_of_several_counts(model):
+    """Also behind the student's own start, which has a part of the say."""
+    names = ("apache-2.0", "gemma", "qwen")
+    small, large, other = (model(name, f"license: {name}") for name in names)
+    several = {"name": "ensemble", "teachers": [large, {"name": "partition", "teacher": {"path": other}}]}
+    found = inherited({"model": small, "teacher": several})
+    assert found.sources == {small: "apache-2.0", large: "gemma", other: "qwen"}
+    assert found.licence is None
+    assert [name in text for name, text in zip(names[1:], found.warnings, strict=True)] == [True, True]
+
+
 def test_a_student_without_teacher_has_its_starts(model):
     found = inherited({"model": model("small", "license: llama3.2"), "teacher": None})
     assert found.licence == "llama3.2"

@@ -13,6 +13,7 @@ from llmkd import build
 from llmkd.data import Collator, DocumentCollator
 from llmkd.data.manifest import verify
 from llmkd.errors import ConfigError, DataError
+from llmkd.sources import teachers_behind
 from llmkd.stages.command import smoke_test
 from llmkd.stages.runner import prepare as prepare_stage
 from llmkd.teachers import TEACHERS, cached
@@ -186,3 +187,14 @@ def test_smoke(corpus, store):
 
 def test_it_is_in_the_table():
     assert TEACHERS["cached"] is cached
+
+
+def test_the_model_that_wrote_a_store_is_behind_it(folder, teacher, tmp_path):
+    """Cards and licences speak of it, not of the folder; what cannot be read stands for itself."""
+    stored, gone = {"name": "cached", "path": [str(folder)]}, {"name": "cached", "path": str(tmp_path / "gone")}
+    assert teachers_behind(stored) == [{"path": str(teacher)}]
+    assert teachers_behind({"name": "routed", "teachers": {"a": stored, "b": gone, "c": str(teacher)}}) == [
+        {"path": str(teacher)},
+        {"path": str(tmp_path / "gone")},
+    ]
+    assert teachers_behind({"name": "ema", "decay": 0.9}) == teachers_behind(None) == []
