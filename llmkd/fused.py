@@ -30,6 +30,7 @@ class Term:
     `scale=0` only measures. `needs_teacher=False` passes None for log_t and never projects the teacher's rows for it.
     `label` [n], token ids, reaches `fn` and `policy` as the index of the label's event (the tail's, if it is not among a
     teacher's top-k), ahead of `per_row`. `policy(log_t, log_s, *label) -> [n]` is a further weight without a gradient.
+    `linear` says that `fn` is the forward KL: within a tail of which tokens were drawn, the student learns from these.
     """
 
     fn: Callable[..., Tensor]
@@ -40,6 +41,7 @@ class Term:
     needs_teacher: bool = True
     label: Tensor | None = None
     policy: Callable[..., Tensor] | None = None
+    linear: bool = False
 
 
 class FusedSum(torch.autograd.Function):
@@ -150,6 +152,8 @@ class _Tally:
                     slope = pairs.spread(slope, term)
                 else:
                     values = term.fn(log_t, log_s, *extra)
+                if term.linear:
+                    values = values + pairs.within(term, log_s)
                 weighted = _weigh(values, weights) * term.scale
             if slope is not None:
                 slope = _scale(slope, term.scale / term.temperature, weights)
@@ -236,7 +240,16 @@ class _Pairs:
         """From the derivative by the events' logits to that by the student's V, at the term's temperature."""
         if not (isinstance(self.teacher, TopKRows) and term.needs_teacher):
             return slope
-        return self.teacher.spread(self.tile, slope, self.student[term.temperature, torch.is_grad_enabled()])
+        of_tokens = self.student[term.temperature, torch.is_grad_enabled()]
+        return self.teacher.spread(self.tile, slope, of_tokens, term.linear)
+
+    def within(self, term: Term, log_s: Tensor) -> Tensor | float:
+        """What a linear term is more than on the events, log_s [m, K + 1]."""
+        if not (isinstance(self.teacher, TopKRows) and log_s.shape[-1] > self.teacher.ids.shape[-1]):
+            return 0.0
+        of_tokens = self.student[term.temperature, torch.is_grad_enabled()]
+        more = self.teacher.within(self.tile, of_tokens, log_s[:, -1])
+        return 0.0 if more is None else more
 
     def event(self, term: Term, rows: slice) -> Tensor:
         """The index of each row's label among the events."""

@@ -34,7 +34,9 @@ def route(members: Sequence[Any], owner: np.ndarray) -> RoutedRows | TopKRows:
     order = torch.from_numpy(starts[owner] + place).to(members[0].ids.device)
     ids = torch.cat([_widened(member.ids, width, -1) for member in members]).index_select(0, order)
     log_probs = torch.cat([_widened(member.log_probs, width, -math.inf) for member in members]).index_select(0, order)
-    return TopKRows(ids, log_probs, vocab_size, members[0].temperature, members[0].sampled)
+    tails = [member.drawn for member in members]
+    drawn: Any = None if any(tail is None for tail in tails) else route(tails, owner)
+    return TopKRows(ids, log_probs, vocab_size, members[0].temperature, members[0].sampled, drawn)
 
 
 def _widened(values: Tensor, width: int, nothing: float) -> Tensor:
@@ -45,7 +47,8 @@ def mix(members: Sequence[Any], weights: Sequence[float]) -> MeanRows | TopKRows
     """sum_j w_j p_j on the finest events that all members have.
 
     Dense members have all V. Where there are top-k rows, these are the ids that every one of them names (its label is
-    among them, if a store wrote it) and one tail. Draws are put together: what is linear in p sums over them.
+    among them, if a store wrote it) and one tail; what was drawn from it is left out, as other members know other tails. Draws
+    alone are put together: what is linear in p sums over them.
 
     Args:
         members: dense and top-k rows at temperature 1, or draws alone.

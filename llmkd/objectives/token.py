@@ -72,7 +72,7 @@ class TokenDistill(RowObjective):
         label = row_labels(batch) if asks or self.policy is not None else None
         weigh = for_events(self.policy, student.rows.vocab_size) if self.policy is not None else None  # type: ignore[union-attr]
         fn = self.fn if asks or weigh is None else without_label(self.fn)
-        terms = {name: Term(fn, scale, temperature=temperature, label=label, policy=weigh)}
+        terms = {name: Term(fn, scale, temperature=temperature, label=label, policy=weigh, linear=self.linear)}
         if self.policy is not None and weigh is not None:
             terms[name_of(self.policy)] = Term(weigh, scale=0.0, temperature=temperature, label=label)
         measures = self.fn.measures() if hasattr(self.fn, "measures") else {}  # type: ignore[union-attr]

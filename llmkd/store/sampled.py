@@ -14,6 +14,7 @@ from llmkd.events import TopKRows
 from llmkd.heads import HeadRows
 from llmkd.store.base import Codec, log_probs, padded
 from llmkd.store.bits import pack, pack_rising, packed_bytes, rising_bytes, unpack, unpack_rising
+from llmkd.store.draws import comb, offsets
 from llmkd.types import Signal
 
 Drawn = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -25,16 +26,17 @@ class Sampled(Codec):
 
     What is linear in p keeps its expected gradient: the forward KL (its value grows by the entropy that t lacks, which the
     student cannot change). With power 1 all p_v / r_v are 1, nothing but ids and counts is stored and t sums to 1; below 1
-    rare tokens are drawn more often, and weigh less. Nothing else may read such rows: E[f(t)] is not f(p).
+    rare tokens are drawn more often, and weigh less. Nothing else may read such rows: E[f(t)] is not f(p). The n draws are at
+    equal steps (`draws.comb`): a token is drawn n r_v times, rounded up or down, which has less noise than n on their own.
 
     Args:
-        draws: n, with replacement; a row has at most as many tokens.
+        draws: n; a row has at most as many tokens.
         power: > 0, of the proposal r.
         temperature: T > 0 that divides the logits; a loss that reads the rows needs the same.
         seed: with an example's content, all that its draws depend on.
 
     Reference: Anshumann et al. 2025 (Sparse Logit Sampling), arXiv 2503.16870.
-    Fidelity: paper only (weights that are not renormalised keep a tempered proposal unbiased).
+    Fidelity: paper only (weights that are not renormalised keep a tempered proposal unbiased; the equal steps are ours).
     """
 
     provides = frozenset({Signal.SAMPLES})
@@ -50,20 +52,20 @@ class Sampled(Codec):
 
     def encode(self, rows: HeadRows, labels: Tensor, seed: int) -> bytes:
         """One example's rows."""
-        generator = torch.Generator(rows.hidden.device).manual_seed((seed ^ self.seed) % 2**63)
-        parts = [self._draw(log_p, part.start, generator) for part, log_p in log_probs(rows, self.temperature)]
+        offset = offsets(len(rows), seed ^ self.seed)
+        parts = [self._draw(log_p, part.start, offset[part]) for part, log_p in log_probs(rows, self.temperature)]
         numbers, times, ratios = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         head = np.array([len(numbers)], dtype="<u4").tobytes()
         weights = ratios.astype("<f4").tobytes() if self.power != 1.0 else b""
         return head + pack_rising(numbers, len(rows) * rows.vocab_size) + pack(times - 1, self._width) + weights
 
-    def _draw(self, log_p: Tensor, start: int, generator: torch.Generator) -> tuple[np.ndarray, ...]:
+    def _draw(self, log_p: Tensor, start: int, offset: Tensor) -> tuple[np.ndarray, ...]:
         """row * V + id of what is drawn, how often, and log p / r, of rows from number `start`."""
-        log_r = torch.log_softmax(log_p * self.power, dim=-1)
-        drawn = torch.multinomial(log_r.exp(), self.draws, replacement=True, generator=generator)
+        r = torch.softmax(log_p * self.power, dim=-1, dtype=torch.float64)
+        drawn = comb(self.draws * r, offset, self.draws)
         row = torch.arange(len(log_p), device=log_p.device).unsqueeze(-1)
         places, times = (row * log_p.shape[-1] + drawn).unique(return_counts=True)
-        ratios = log_p.flatten()[places] - log_r.flatten()[places]
+        ratios = log_p.flatten()[places] - r.flatten()[places].log()
         return (places + start * log_p.shape[-1]).cpu().numpy(), times.cpu().numpy(), ratios.cpu().numpy()
 
     @property

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from llmkd.config import known_keys
 from llmkd.data.ids import dataset_ids, id_name
 from llmkd.errors import ConfigError, DataError
 from llmkd.events import TopKRows
@@ -36,8 +37,7 @@ class CachedTeacher:
         for store in stores[1:]:
             _same(stores[0], store)
         self.note = stores[0].note
-        kind = dict(self.note["kind"])
-        self.kind: Codec = STORES[kind.pop("name")](**kind)
+        self.kind = _kind(stores[0])
         self.provides, self.temperature = self.kind.provides, self.kind.temperature
         self.vocab_size: int = self.note["vocab_size"]
         self.tokenizer = _Vocabulary(self.note["vocabulary"]) if self.note["vocabulary"] else None
@@ -154,6 +154,19 @@ def check_spec(teacher: Any, spec: Any) -> None:
                     f"data.{key}: got {value!r}, but {store.folder} was written with {stored!r}; expected the same. "
                     f"Set data.{key}, or write the store anew."
                 )
+
+
+def _kind(store: StoreFolder) -> Codec:
+    """The codec that wrote a store, which has just its settings: a default that has changed since would read them wrongly."""
+    settings = dict(store.note["kind"])
+    name = settings.pop("name", None)
+    known = known_keys(STORES[name]) if name in STORES else []
+    if sorted(known) != sorted(settings):
+        raise DataError(
+            f"teacher.path: {store.folder} was written as {name} with {', '.join(sorted(settings))}; expected "
+            f"{f'{name} with ' + ', '.join(sorted(known)) if known else ' or '.join(STORES)}. Write the store anew."
+        )
+    return STORES[name](**settings)
 
 
 def _same(one: StoreFolder, other: StoreFolder) -> None:

@@ -97,4 +97,12 @@ def _of_top_k(theirs: TopKRows, own: Any, label: Tensor | None) -> TopKRows:
         is_label = theirs.ids == label.unsqueeze(-1)
         chosen = (is_label & (theirs.log_probs > kept)).any(-1)
     log_probs = torch.where(chosen.unsqueeze(-1), theirs.log_probs, kept)
-    return TopKRows(theirs.ids, log_probs, theirs.vocab_size, theirs.temperature)
+    return TopKRows(theirs.ids, log_probs, theirs.vocab_size, theirs.temperature, drawn=_of(theirs.drawn, chosen))
+
+
+def _of(drawn: TopKRows | None, chosen: Tensor) -> TopKRows | None:
+    """The teacher's draws in its own rows, none in others."""
+    if drawn is None:
+        return None
+    log_probs = drawn.log_probs.masked_fill(~chosen.unsqueeze(-1), float("-inf"))
+    return TopKRows(drawn.ids, log_probs, drawn.vocab_size, drawn.temperature, sampled=True)

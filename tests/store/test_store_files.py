@@ -16,7 +16,8 @@ from llmkd.errors import ConfigError, DataError
 from llmkd.sources import teachers_behind
 from llmkd.stages.command import smoke_test
 from llmkd.stages.runner import prepare as prepare_stage
-from llmkd.teachers import TEACHERS, cached
+from llmkd.store.shards import StoreFolder
+from llmkd.teachers import TEACHERS, CachedTeacher, cached
 from llmkd.types import Signal
 
 FIRST, SHARD = "shard-00000.safetensors", "shard-00001.safetensors"
@@ -42,6 +43,16 @@ def spoil(file, at: int) -> None:
     data = bytearray(file.read_bytes())
     data[at] ^= 1
     file.write_bytes(data)
+
+
+@pytest.mark.parametrize("settings", [{"name": "topk", "k": 5}, {"name": "other", "k": 5}])
+def test_a_store_of_other_settings_than_todays_is_refused(folder, settings):
+    store = StoreFolder(folder)
+    store.note["kind"] = settings
+    with pytest.raises(
+        DataError, match=rf"was written as {settings['name']} with .*expected .*topk.*Write the store anew"
+    ):
+        CachedTeacher([store])
 
 
 @pytest.mark.parametrize("at", [9, -1, -40])
