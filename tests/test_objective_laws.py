@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from llmkd.data.collate import paired_rows
 from llmkd.divergences import DIVERGENCES, reads_label
+from llmkd.divergences.taid import TAID
 from llmkd.errors import ConfigError
 from llmkd.objectives import OBJECTIVES, CrossEntropy, Mix, TokenDistill
 from llmkd.rows import HeadRows, TopKRows
@@ -228,6 +229,30 @@ def test_one_divergence_with_parameters_in_two_parts():
     dense = dense_rows(fn, z_s, z_t).sum() + 0.5 * dense_rows(fn, z_s, z_t, temperature=2.0).sum()
     assert_same(loss["total"], dense, student)
     torch.testing.assert_close(torch.autograd.grad(loss["total"], fn.gain), torch.autograd.grad(dense, fn.gain))
+
+
+def test_each_of_two_parts_that_watch_steps_gets_its_own_metrics():
+    """Two TAIDs, one from a harder start: both schedules move as they do alone."""
+    student, teacher, batch = setting()
+
+    def parts():
+        return [
+            TokenDistill(TAID(t_start=start, alpha=0.5), temperature=heat) for start, heat in ((0.1, 1.0), (0.6, 3.0))
+        ]
+
+    alone, mixed = parts(), parts()
+    mix = Mix(mixed)
+    for step in range(3):
+        weaker = Outputs(rows=student.rows.using([(1 + step) * t for t in student.rows.tensors()]))
+        for part in alone:
+            part.after_step(step / 3, {k: v.item() for k, v in part(weaker, teacher, batch).items()})
+        found = mix(weaker, teacher, batch)
+        assert {"taid", "taid_ce", "taid_2", "taid_ce_2"} < set(found)
+        mix.after_step(step / 3, {name: value.item() for name, value in found.items()})
+    for one, other in zip(alone, mixed, strict=True):
+        assert one.step_state() == pytest.approx(other.step_state(), rel=1e-6)
+    assert alone[0].step_state()["previous"] != pytest.approx(alone[1].step_state()["previous"], rel=1e-2)
+    assert mix.logs()["taid_t_2"] == alone[1].logs()["taid_t"]
 
 
 def test_a_frozen_student_still_trains_the_divergence():

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llmkd.errors import ConfigError
 from llmkd.rows import Term, reduce
@@ -80,11 +80,14 @@ class RowObjective(Objective, ABC):
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Loss:
         """The sum of the terms over the rows."""
-        return _reduced([(self, 1.0)], student, teacher, batch)
+        total, (own,) = _reduced([(self, 1.0)], student, teacher, batch)
+        return {"total": total, **own}
 
 
 class Mix(Objective):
     """sum_j weights[j] * objective_j, over the union of what they need. Row-wise terms share one pass over the head.
+
+    A metric that several parts have is reported as `name`, `name_2` and so on; each part's `after_step` gets its own by `name`.
 
     Args:
         objectives: at least one. weights: one each, a number or a schedule of it (default: all 1).
@@ -109,6 +112,9 @@ class Mix(Objective):
         self.takes = frozenset(Kind).intersection(*(part.takes for part in objectives))
         self.linear = all(part.linear for part in objectives if part.needs)
         self.watches_steps = bool(self._moving()) or any(part.watches_steps for part in objectives)
+        self._reported: dict[
+            int, dict[str, str]
+        ] = {}  # of each part: its metrics, and as what the last call reported them
 
     @property
     def weights(self) -> list[float]:
@@ -117,15 +123,23 @@ class Mix(Objective):
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Loss:
         """The weighted total and every part's own, unweighted metrics."""
-        pairs = list(zip(self.parts, self.weights, strict=True))
-        rowwise = [(part, weight) for part, weight in pairs if isinstance(part, RowObjective)]
-        losses = [(_reduced(rowwise, student, teacher, batch), 1.0)] if rowwise else []
-        losses += [(part(student, teacher, batch), w) for part, w in pairs if not isinstance(part, RowObjective)]
-        out: Loss = {"total": torch.stack([loss["total"] * weight for loss, weight in losses]).sum()}
-        for loss, _ in losses:
-            for name, value in loss.items():
-                if name != "total":
-                    out[_unique(name, out)] = value
+        pairs = list(zip(self._objectives(), self.weights, strict=True))
+        rowwise = {i: (part, weight) for i, (part, weight) in enumerate(pairs) if isinstance(part, RowObjective)}
+        totals, metrics = [], {}
+        if rowwise:
+            total, found = _reduced(list(rowwise.values()), student, teacher, batch)
+            totals, metrics = [total], dict(zip(rowwise, found, strict=True))
+        for i, (part, weight) in enumerate(pairs):
+            if i not in rowwise:
+                loss = dict(part(student, teacher, batch))
+                totals.append(loss.pop("total") * weight)
+                metrics[i] = loss
+        out: Loss = {"total": torch.stack(totals).sum()}
+        for i, own in metrics.items():
+            self._reported[i] = {}
+            for name, value in own.items():
+                self._reported[i][name] = _unique(name, out)
+                out[self._reported[i][name]] = value
         return out
 
     def temperatures(self) -> frozenset[float]:
@@ -142,11 +156,12 @@ class Mix(Objective):
             part.begin_epoch(epoch, epochs)
 
     def after_step(self, progress: float, means: Mapping[str, float]) -> None:
-        """Hand the step on to every part, and move the weights."""
+        """Hand the step on to every part, with its own metrics, and move the weights."""
         for schedule in self.schedules:
             schedule.after_step(progress, means)
-        for part in self._objectives():
-            part.after_step(progress, means)
+        for i, part in enumerate(self._objectives()):
+            own = {name: means[reported] for name, reported in self._reported.get(i, {}).items() if reported in means}
+            part.after_step(progress, {**means, **own})
 
     def step_state(self) -> dict[str, float]:
         """The parts' states, each name behind its part's number, and how far the weights are."""
@@ -164,7 +179,9 @@ class Mix(Objective):
 
     def logs(self) -> dict[str, float]:
         """The parts' logs, and the weights that move, as they are for the next step."""
-        logs = {name: value for part in self._objectives() for name, value in part.logs().items()}
+        logs: dict[str, float] = {}
+        for part in self._objectives():
+            logs |= {_unique(name, logs): value for name, value in part.logs().items()}
         return {**logs, **{name: schedule.value for name, schedule in self._moving().items()}}
 
     def _moving(self) -> dict[str, Schedule]:
@@ -177,18 +194,19 @@ class Mix(Objective):
 
 def _reduced(
     parts: Sequence[tuple[RowObjective, float]], student: Outputs, teacher: Outputs | None, batch: Batch
-) -> Loss:
-    terms: dict[str, Term] = {}
-    for part, weight in parts:
-        for name, term in part.terms(student, batch).items():
-            terms[_unique(name, terms)] = replace(term, scale=term.scale * weight)
-    rows = teacher.rows if teacher is not None and any(term.needs_teacher for term in terms.values()) else None
-    if rows is None and any(term.needs_teacher for term in terms.values()):
+) -> tuple[Tensor, list[dict[str, Tensor]]]:
+    """The weighted total of row-wise objectives, and of each its metrics."""
+    own = [part.terms(student, batch) for part, _ in parts]
+    pairs = zip(parts, own, strict=True)
+    terms = [replace(term, scale=term.scale * weight) for (_, weight), named in pairs for term in named.values()]
+    rows = teacher.rows if teacher is not None and any(term.needs_teacher for term in terms) else None
+    if rows is None and any(term.needs_teacher for term in terms):
         raise ConfigError(
             "objective: it needs a teacher's logits, got none; give a teacher or use cross_entropy alone."
         )
-    total, sums = reduce(list(terms.values()), student.rows, rows)  # type: ignore[arg-type]
-    return {"total": total, **dict(zip(terms, sums, strict=True))}
+    total, sums = reduce(terms, student.rows, rows)  # type: ignore[arg-type]
+    values = iter(sums.unbind())
+    return total, [{name: next(values) for name in named} for named in own]
 
 
 def _unique(name: str, taken: Mapping[str, object]) -> str:
