@@ -31,7 +31,7 @@ def smoke(config: Mapping[str, Any], announce: Any = print) -> dict[str, Any]:
         plain = {key: value for key, value in small["reweighting"].items() if not isinstance(value, Mapping)}
         small["reweighting"] = {**plain, "interval": 1}
     with tempfile.TemporaryDirectory() as folder:
-        small["data"] = _small_data(build.data_spec(config), Path(folder))
+        small["data"] = _small_data(build.data_spec(config), Path(folder), _domains(config))
         with stand_in("smoke", _layers(config["model"]), _labels(config)):
             return train(small, Path(folder) / "run", announce=announce)
 
@@ -50,11 +50,18 @@ def _labels(config: Mapping[str, Any]) -> int | None:
     return (model.get("num_labels") if isinstance(model, Mapping) else None) or 2
 
 
-def _small_data(spec: DataSpec, folder: Path) -> dict[str, Any]:
+def _domains(config: Mapping[str, Any]) -> list[str]:
+    """The recipe's domains, made-up ones where only its data know them."""
+    path, teacher = config["data"]["path"], config.get("teacher")
+    members = teacher.get("teachers") if isinstance(teacher, Mapping) else None
+    return next((list(names) for names in (path, members) if isinstance(names, Mapping)), ["one", "two"])
+
+
+def _small_data(spec: DataSpec, folder: Path, domains: list[str]) -> dict[str, Any]:
     """A few short rows of the recipe's own data where it lies here, made-up ones where it is on the Hub."""
     kept = {"max_length": min(spec.max_length, 64), "packing": spec.packing, "spans": spec.spans}
     if has_domains(spec):
-        return {"path": {name: _write(folder / f"{name}.jsonl", spec) for name in ("one", "two")}, **kept,
+        return {"path": {name: _write(folder / f"{name}.jsonl", spec) for name in domains}, **kept,
                 "held_out_every": 4, "max_eval_samples": 4}  # fmt: skip
     if ":" in str(spec.path) or Path(str(spec.path)).exists():
         local = spec.model_dump(include={"path", "split", "columns"}, exclude_defaults=True)

@@ -15,6 +15,7 @@ from llmkd import CrossEntropy, DistillTrainer, Mix, TokenDistill
 from llmkd.errors import ConfigError, TrainingError
 from llmkd.mixing import FILE, mix_domains
 from llmkd.reweighting import DDK, Fixed
+from llmkd.teachers import EnsembleTeacher, LocalTeacher, RoutedTeacher
 
 NAMES = ["low", "mid", "high"]
 SIZES = {"low": 30, "mid": 6, "high": 12}
@@ -123,6 +124,34 @@ def test_the_teacher_is_read_once(make_trainer):
     trainer.train()
     batches_once = 2 + 1 + 2  # 3, 2 and 4 validation rows, in batches of 2
     assert len(calls) == batches_once + 6
+
+
+def test_an_ensembles_perplexity_is_that_of_the_mean_of_its_probabilities(make_trainer, make_model, tmp_path):
+    members = [make_model(seed=9), make_model(seed=5)]
+    trainer = make_trainer(teacher=EnsembleTeacher([LocalTeacher(model) for model in members], [3.0, 1.0]))
+    trainer.train()
+    found = json.loads((tmp_path / "run" / FILE).read_text())["teacher_perplexity"]
+    held_out = domains({"low": 3, "mid": 2, "high": 4}, seed=7)
+    for number, name in enumerate(NAMES):
+        total, count = 0.0, 0
+        for row in held_out.filter(lambda row, wanted=number: row["domain"] == wanted):
+            ids = torch.tensor([row["input_ids"]])
+            with torch.no_grad():
+                p, r = (model.double()(ids).logits[0, :-1, :259].softmax(-1) for model in members)
+            mean = 0.75 * p + 0.25 * r
+            total -= mean.gather(-1, ids[0, 1:, None]).log().sum().item()
+            count += len(ids[0]) - 1
+        assert found[name] == pytest.approx(math.exp(total / count), rel=1e-5)
+
+
+def test_each_domain_may_have_its_own_teacher(make_trainer, make_model, tmp_path):
+    members = {name: make_model(seed=seed) for seed, name in enumerate(NAMES)}
+    make_trainer(teacher=RoutedTeacher({name: LocalTeacher(model) for name, model in members.items()})).train()
+    found = json.loads((tmp_path / "run" / FILE).read_text())["teacher_perplexity"]
+    held_out = domains({"low": 3, "mid": 2, "high": 4}, seed=7)
+    for number, name in enumerate(NAMES):
+        rows = held_out.filter(lambda row, wanted=number: row["domain"] == wanted)
+        assert found[name] == pytest.approx(perplexity(members[name], rows), rel=1e-5)
 
 
 def test_logs_and_pictures_show_every_domain(make_trainer, tmp_path):
