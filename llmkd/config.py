@@ -49,7 +49,7 @@ class _Recipe(BaseModel):
 def load(path: str | Path, overrides: Sequence[str] = (), schema: type[BaseModel] = _Recipe) -> dict[str, Any]:
     """Read a recipe: its `extends` chain merged parent first, then `a.b=value` overrides, then interpolation.
 
-    Mappings merge deeply, lists replace, and a spec with another `name` replaces the parent's spec as a whole.
+    Mappings merge deeply, lists replace, and a spec (not `data`) with another `name` replaces the parent's spec as a whole.
     Raises ConfigError for a missing or broken file, an unknown or missing key and a value of the wrong shape.
     """
     config = _read(Path(path), (), schema)
@@ -116,14 +116,15 @@ def _check_top(config: Mapping[str, Any], what: str, schema: type[BaseModel]) ->
             raise unknown_name(f"top-level key of {what}:", str(key), schema.model_fields)
 
 
-def _merge(old: Any, new: Any) -> Any:
+def _merge(old: Any, new: Any, specs: bool = True) -> Any:
+    """`new` merged into `old`; `specs`: a mapping is what its `name` says, and with another one something else."""
     if not isinstance(old, dict) or not isinstance(new, (dict, str)):
         return new
     if isinstance(new, str):
-        return old if old.get("name") == new else new
-    if "name" in new and old.get("name", new["name"]) != new["name"]:
+        return old if specs and old.get("name") == new else new
+    if specs and "name" in new and old.get("name", new["name"]) != new["name"]:
         return new
-    return old | {key: _merge(old[key], value) if key in old else value for key, value in new.items()}
+    return old | {key: _merge(old.get(key), value, specs and key != "data") for key, value in new.items()}
 
 
 def _override(config: dict[str, Any], text: str, schema: type[BaseModel]) -> dict[str, Any]:
@@ -136,18 +137,17 @@ def _override(config: dict[str, Any], text: str, schema: type[BaseModel]) -> dic
     return _put(config, steps, _plain(lambda: OmegaConf.from_dotlist([f"value={value}"]), what)["value"], what)
 
 
-def _put(node: Any, steps: list[str], new: Any, what: str) -> Any:
+def _put(node: Any, steps: list[str], new: Any, what: str, specs: bool = True) -> Any:
     """A copy of `node` with `new` merged in at the path `steps`."""
     if not steps:
-        return _merge(node, new)
+        return _merge(node, new, specs)
     step, rest = steps[0], steps[1:]
+    specs = specs and step != "data"
     if node is None or isinstance(node, dict):
-        return {**(node or {}), step: _put((node or {}).get(step), rest, new, what)}
+        return {**(node or {}), step: _put((node or {}).get(step), rest, new, what, specs)}
     if isinstance(node, list) and step.isdecimal() and int(step) < len(node):
-        return [_put(item, rest, new, what) if index == int(step) else item for index, item in enumerate(node)]
-    wanted = (
-        f"an item number below {len(node)}" if isinstance(node, list) else "a mapping there. Override it as a whole"
-    )
+        return [_put(item, rest, new, what, specs) if index == int(step) else item for index, item in enumerate(node)]
+    wanted = f"an item number below {len(node)}" if isinstance(node, list) else "a mapping there. Set it as a whole"
     raise ConfigError(f"{what}: got '{step}' inside {node!r}; expected {wanted}.")
 
 

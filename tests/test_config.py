@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,18 @@ def test_a_spec_with_another_name_replaces_the_parents(recipe, child, expected):
     recipe(BASE, "base.yaml")
     config = load(recipe(f"extends: base.yaml\nobjective: {child}\n"))
     assert config["objective"] == {"name": "token", "divergence": expected, "weight": 1.0}
+
+
+def test_under_data_a_name_is_a_value_like_others(recipe):
+    """The Hub's name of a data set's configuration: another one keeps the path beside it."""
+    data = "data: {path: user/texts, name: en, eval: {path: user/more, name: en, split: test}}"
+    recipe(re.sub(r"data: .*", data, BASE), "base.yaml")
+    config = load(recipe("extends: base.yaml\ndata: {name: de, eval: {name: de}}\n"), ["data.eval={split: dev}"])
+    assert config["data"] == {
+        "path": "user/texts",
+        "name": "de",
+        "eval": {"path": "user/more", "name": "de", "split": "dev"},
+    }
 
 
 def test_a_mapping_replaces_a_parents_string_and_a_name_joins_a_nameless_parent(recipe):
