@@ -25,16 +25,24 @@ def token_view(trainer: DistillTrainer) -> list[list[dict[str, Any]]] | None:
     Returns:
         A list a sample, a dict a token: `text` and, where it was predicted, `kl` = KL(p || q) in nats and `teacher` and
         `student`: their five most likely tokens as [text, probability]. None without teacher or held-out text, for
-        classifiers, where models are sharded, and on ranks that write nothing.
+        classifiers, where models are sharded, where the teacher's rows are draws or of another temperature than 1, and on
+        ranks that write nothing.
     """
     dataset: Any = trainer.eval_dataset
     sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
     if trainer.teacher is None or dataset is None or sharded or not trainer.args.should_save:
         return None
+    if not _tells_chances(trainer.teacher):
+        return None
     if trainer.distiller.adapter.unit != "token" or trainer.processing_class is None:
         return None
     trainer.distiller.student.eval()
     return [_sample(trainer, dataset[i]) for i in range(min(SAMPLES, len(dataset)))]
+
+
+def _tells_chances(teacher: Any) -> bool:
+    """Whether the teacher's rows say how likely each of their tokens is."""
+    return Signal.LOGITS in teacher.provides and getattr(teacher, "temperature", None) in (None, 1.0)
 
 
 def _sample(trainer: DistillTrainer, example: dict[str, Any]) -> list[dict[str, Any]]:
@@ -70,10 +78,11 @@ def _expected(student: Any, teacher: Any, rows: slice) -> list[tuple]:
 
 
 def _best(log_p: Tensor, ids: Tensor | None = None) -> list[list[tuple[int, float]]]:
+    """The best (id, probability) of each row; an id of -1 is no event."""
     top = log_p.topk(min(BEST, log_p.shape[-1]))
-    found = top.indices if ids is None else ids.gather(-1, top.indices)
-    chances = [[round(value, 4) for value in row] for row in top.values.exp().tolist()]
-    return [list(zip(row, chance, strict=True)) for row, chance in zip(found.tolist(), chances, strict=True)]
+    found = (top.indices if ids is None else ids.gather(-1, top.indices)).tolist()
+    pairs = (zip(row, chances, strict=True) for row, chances in zip(found, top.values.exp().tolist(), strict=True))
+    return [[(token, round(chance, 4)) for token, chance in row if token >= 0] for row in pairs]
 
 
 def _text(tokenizer: Any, token: int) -> str:

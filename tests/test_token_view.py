@@ -11,7 +11,7 @@ from llmkd.rows import TopKRows
 from llmkd.support import log_softmax
 from llmkd.teachers.local import LocalTeacher
 from llmkd.token_view import BEST, TOKENS, token_view
-from llmkd.types import Outputs
+from llmkd.types import Outputs, Signal
 
 TEXTS = ("the cat sat", "a dog ran off the mat and on", "é")
 
@@ -86,6 +86,33 @@ def test_a_teacher_that_shows_its_best_tokens_only(make, make_model, tokenizer):
     assert [[t.get("teacher") for t in sample] for sample in few] == [[t.get("teacher") for t in s] for s in whole]
     pairs = [pair for samples in zip(few, whole, strict=True) for pair in zip(*samples, strict=True)]
     assert all(0 <= one["kl"] <= other["kl"] + 1e-4 for one, other in pairs if "kl" in one)
+
+
+def test_rows_of_fewer_events_show_as_many(make, make_model, tokenizer):
+    class Few(LocalTeacher):
+        def __call__(self, batch, needs, vocab_size=None):
+            rows = super().__call__(batch, needs, vocab_size).rows
+            best = log_softmax(rows.logits(slice(0, len(rows)))).topk(8)
+            beyond = torch.arange(8) >= 1 + torch.arange(len(rows))[:, None] % 8
+            ids, log_p = best.indices.masked_fill(beyond, -1), best.values.masked_fill(beyond, -torch.inf)
+            return Outputs(rows=TopKRows(ids, log_p, rows.vocab_size))
+
+    whole = token_view(make(make_model(seed=2)))
+    few = token_view(make(Few(make_model(seed=2), tokenizer)))
+    shown = [[t["teacher"] for t in sample if "kl" in t] for sample in few]
+    assert shown == [
+        [t["teacher"][: min(BEST, 1 + i % 8)] for i, t in enumerate(t for t in sample if "kl" in t)] for sample in whole
+    ]
+
+
+@pytest.mark.parametrize("shown", [{"provides": frozenset({Signal.SAMPLES})}, {"temperature": 2.0}])
+def test_rows_that_tell_no_chances_have_no_view(make, make_model, tokenizer, shown):
+    teacher = LocalTeacher(make_model(seed=2), tokenizer)
+    trainer = make(teacher)
+    assert token_view(trainer) is not None
+    for name, value in shown.items():
+        setattr(teacher, name, value)
+    assert token_view(trainer) is None
 
 
 def test_nothing_to_show(make, make_model):
