@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
-from datasets import Dataset
-from transformers import TrainingArguments
 
 from llmkd import build
 from llmkd.errors import ConfigError
 from llmkd.objectives import CrossEntropy, Mix, TokenDistill
 from llmkd.rows import DenseRows
 from llmkd.schedules import SCHEDULES, ByFraction, ByMetric, Constant, Cosine, Linear, as_schedule
-from llmkd.trainer import DistillTrainer
 from llmkd.types import Outputs
 
 KNOBS = {
@@ -114,30 +112,12 @@ def test_the_temperature_of_a_step_is_the_schedule_s():
 
 
 @pytest.fixture
-def make_trainer(make_model, tokenizer, tmp_path):
-    rows = [{"input_ids": list(range(3 + i, 15 + i)), "labels": [-100, *range(4 + i, 15 + i)]} for i in range(16)]
+def make_trainer(split_trainer):
+    def objective():
+        parts = [TokenDistill(temperature=Linear(4.0, 1.0)), CrossEntropy()]
+        return Mix(parts, [1.0, ByMetric(0.0, 1.0, "cross_entropy", 6.0, 4.0)])
 
-    def make(micro: int = 8, accumulation: int = 1, **options):
-        options = {"max_steps": 6, "logging_steps": 1, "save_steps": 3, "use_cpu": True, **options}
-        args = TrainingArguments(
-            output_dir=str(tmp_path / f"{micro}x{accumulation}"),
-            per_device_train_batch_size=micro,
-            gradient_accumulation_steps=accumulation,
-            optim="sgd",
-            learning_rate=1.0,
-            train_sampling_strategy="sequential",
-            **options,
-        )
-        objective = Mix(
-            [TokenDistill(temperature=Linear(4.0, 1.0)), CrossEntropy()],
-            [1.0, ByMetric(0.0, 1.0, "cross_entropy", 6.0, 4.0)],
-        )
-        parts = {"train_dataset": Dataset.from_list(rows), "eval_dataset": Dataset.from_list(rows[:3])}
-        return DistillTrainer(
-            make_model(), make_model(seed=1, hidden_size=48), objective, args, processing_class=tokenizer, **parts
-        )
-
-    return make
+    return partial(split_trainer, objective, max_steps=6, save_steps=3, optim="sgd", learning_rate=1.0)
 
 
 def logged(trainer, name: str) -> list[float]:

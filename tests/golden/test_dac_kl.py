@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import safetensors.torch
 import torch
-from datasets import Dataset
 from torch import Tensor
-from transformers import TrainingArguments
 
 from llmkd.divergences import DACKL, forward_kl
 from llmkd.divergences.dac_kl import MODES, places
 from llmkd.errors import ConfigError
 from llmkd.objectives import Mix, TokenDistill
 from llmkd.rows import DenseRows, TopKRows, weighted_sum
-from llmkd.trainer import DistillTrainer
 from llmkd.types import Outputs
 
 F64 = torch.float64
@@ -314,27 +312,10 @@ def test_what_is_measured_is_that_of_every_row():
 
 
 @pytest.fixture
-def make_trainer(make_model, tokenizer, tmp_path):
-    rows = [{"input_ids": list(range(3 + i, 15 + i)), "labels": [-100, *range(4 + i, 15 + i)]} for i in range(16)]
-    for row in rows[::3]:
-        row["labels"][:8] = [-100] * 8  # not equally many everywhere
-
-    def make(micro: int = 8, accumulation: int = 1, **options) -> DistillTrainer:
-        options = {"max_steps": 4, "logging_steps": 1, "save_steps": 2, "use_cpu": True, **options}
-        args = TrainingArguments(
-            output_dir=str(tmp_path / f"{micro}x{accumulation}"),
-            per_device_train_batch_size=micro,
-            gradient_accumulation_steps=accumulation,
-            train_sampling_strategy="sequential",
-            **options,
-        )
-        torch.manual_seed(0)
-        objective = TokenDistill(DACKL(top_k=8))
-        student, teacher = make_model(), make_model(seed=1, hidden_size=48)
-        dataset = Dataset.from_list(rows)
-        return DistillTrainer(student, teacher, objective, args, dataset, processing_class=tokenizer)
-
-    return make
+def make_trainer(split_trainer):
+    return partial(
+        split_trainer, lambda: TokenDistill(DACKL(top_k=8)), uneven=True, **{"max_steps": 4, "save_steps": 2}
+    )
 
 
 def test_the_network_trains_alike_for_every_split_of_the_batch(make_trainer):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
-from datasets import Dataset
-from transformers import TrainingArguments
 
 from llmkd.divergences import TAID, forward_kl
 from llmkd.errors import ConfigError
@@ -143,26 +142,10 @@ def test_top_k_and_tail_equal_the_coarse_events():
 
 
 @pytest.fixture
-def make_trainer(make_model, tokenizer, tmp_path):
-    rows = [{"input_ids": list(range(3 + i, 15 + i)), "labels": [-100, *range(4 + i, 15 + i)]} for i in range(16)]
-
-    def make(micro: int = 8, accumulation: int = 1, **options):
-        options = {"max_steps": 6, "logging_steps": 1, "save_steps": 3, "use_cpu": True, **options}
-        args = TrainingArguments(
-            output_dir=str(tmp_path / f"{micro}x{accumulation}"),
-            per_device_train_batch_size=micro,
-            gradient_accumulation_steps=accumulation,
-            optim="sgd",
-            learning_rate=1.0,
-            train_sampling_strategy="sequential",
-            **options,
-        )
-        objective = TokenDistill(TAID(alpha=0.5))
-        parts = {"train_dataset": Dataset.from_list(rows), "eval_dataset": Dataset.from_list(rows[:3])}
-        student, teacher = make_model(), make_model(seed=1, hidden_size=48)
-        return DistillTrainer(student, teacher, objective, args, processing_class=tokenizer, **parts)
-
-    return make
+def make_trainer(split_trainer):
+    return partial(
+        split_trainer, lambda: TokenDistill(TAID(alpha=0.5)), max_steps=6, save_steps=3, optim="sgd", learning_rate=1.0
+    )
 
 
 def history(trainer: DistillTrainer) -> list[tuple[float, float]]:
