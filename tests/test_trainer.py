@@ -285,7 +285,7 @@ def test_evaluation_takes_several_data_sets_and_plain_lists(make_trainer):
     sets = {"a": rows(seed=4), "b": list(rows(seed=5))}
     report = make_trainer(eval_dataset=sets, args={"per_device_eval_batch_size": 3}).evaluate()
     alone = make_trainer(eval_dataset=rows(seed=5)).evaluate()
-    assert report["eval_b_kl"] == pytest.approx(alone["eval_kl"])
+    assert report["eval_b_kl"] == pytest.approx(alone["eval_kl"], rel=1e-5)  # in other batches
     assert report["eval_a_kl"] != pytest.approx(report["eval_b_kl"])
 
 
