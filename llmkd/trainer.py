@@ -28,7 +28,7 @@ from llmkd.objectives.base import Objective
 from llmkd.students import as_student
 from llmkd.teachers import Teacher, as_teacher, check_data, check_needs, live_models, reads_documents
 from llmkd.types import Outputs, Signal, tensors_of
-from llmkd.versions import peak_memory_mb
+from llmkd.versions import peak_memory_mb, warn_of_slow_bfloat16
 from llmkd.weights import load_tokenizer, locate
 from llmkd.zero3 import inferring
 
@@ -260,6 +260,8 @@ def _checked(args: TrainingArguments) -> TrainingArguments:
         )
     if args.label_smoothing_factor:
         raise ConfigError("train.label_smoothing_factor has no effect on an objective. Remove it.")
+    if args.bf16:
+        warn_of_slow_bfloat16()
     args.remove_unused_columns = False
     args.logging_nan_inf_filter = False  # it reads the loss on the host each micro-step; `stop_unless_finite` says more
     if args.ddp_find_unused_parameters is None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llmkd.errors import ConfigError, unknown_name
+from llmkd.versions import warn_of_slow_bfloat16
 
 PACKAGE = "pkg://"
 _STAND_IN: ContextVar[Literal["", "plan", "smoke"]] = ContextVar("stand_in", default="")
@@ -183,7 +184,10 @@ def load_model(
     load = _kind(_labelled(config, num_labels)).from_pretrained
     if num_labels is not None:
         kwargs |= {"num_labels": num_labels, "ignore_mismatched_sizes": True}
-    return _loading(source, load, dtype=dtype, trust_remote_code=trust_remote_code, **kwargs)
+    model = _loading(source, load, dtype=dtype, trust_remote_code=trust_remote_code, **kwargs)
+    if "bfloat16" in str(model.dtype):
+        warn_of_slow_bfloat16()
+    return model
 
 
 def new_model(source: Source, changes: dict[str, Any], dtype: str = "float32", trust_remote_code: bool = False) -> Any:
