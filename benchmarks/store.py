@@ -8,7 +8,6 @@ import json
 import math
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -89,9 +88,9 @@ def _trained(batch: int, seeds: int, steps: int, work: Path, parts: Parts) -> di
     for name in (LIVE, *KINDS):
         for seed in range(1 if name == "hidden" else seeds):
             file = work / f"train_{name}_{seed}_{steps}x{batch}.json"
-            make = partial(lambda name, seed: _train(name, seed, steps, batch, _load(parts, work)), name, seed)
-            runs.setdefault(name, []).append(_kept(file, make))
-            print(f"{name} seed {seed}, {batch} samples a step: {runs[name][-1]}", flush=True)
+            found = _kept(file, lambda name=name, seed=seed: _train(name, seed, steps, batch, _load(parts, work)))
+            runs.setdefault(name, []).append(found)
+            print(f"{name} seed {seed}, {batch} samples a step: {found}", flush=True)
     return runs
 
 

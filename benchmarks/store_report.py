@@ -62,7 +62,9 @@ def plot(result: Parts, file: Path) -> None:
         for name, kind in result["kinds"].items():
             found = training[name]["kl"]
             axes.errorbar(kind["bytes_per_token"], found["mean"], yerr=found["std"], fmt="o", capsize=3)
-            axes.annotate(name, (kind["bytes_per_token"], found["mean"]), textcoords="offset points", xytext=(6, 6))
+            label = name if found["std"] is not None else f"{name}, one order"
+            axes.annotate(label, (kind["bytes_per_token"], found["mean"]), textcoords="offset points", xytext=(6, 6))
+        axes.margins(x=0.5)
         axes.set(xscale="log", xlabel="bytes a token", title=f"{batch} samples a step")
     panels[0][0].set_ylabel("held-out KL to the teacher, nats")
     panels[0][0].legend(frameon=False)
@@ -113,7 +115,7 @@ def table(result: Parts) -> str:
 
 
 def _spread(found: Parts) -> str:
-    return f"{found['mean']:.3f}" + ("" if found["std"] is None else f" ± {found['std']:.3f}")
+    return f"{found['mean']:.3f}" + (" (one order)" if found["std"] is None else f" ± {found['std']:.3f}")
 
 
 def _gaps(training: Parts) -> str:

@@ -81,8 +81,8 @@ class TopKRows:
             log_t = torch.cat([log_t, log_tail(log_t).masked_fill(all_named, float("-inf"))], dim=-1)
         return log_t, coarsen(log_s, ids)
 
-    def within(self, rows: slice, log_s: Tensor, log_tail: Tensor) -> Tensor | None:
-        """sum_v w_v (log(w_v / W) - log(q_v / q_tail)), W = sum_v w_v, of the tail's drawn tokens, [m] nats; None without any.
+    def within(self, rows: slice, log_s: Tensor, log_tail: Tensor) -> Tensor:
+        """sum_v w_v (log(w_v / W) - log(q_v / q_tail)), W = sum_v w_v, of the tail's drawn tokens, [m] nats; 0 without any.
 
         Its mean has the gradient of p_tail KL(p_v / p_tail || q_v / q_tail), by which the whole vocabulary's forward KL
         exceeds that on the K events and the tail; its value is larger by the entropy that draws lack.
@@ -91,7 +91,7 @@ class TopKRows:
             log_s: [m, V], the student's. log_tail: [m], of the mass that it gives the tail.
         """
         if self.drawn is None:
-            return None
+            return torch.zeros_like(log_tail)
         ids, log_w = self.drawn.ids[rows], self.drawn.log_probs[rows].to(log_s.dtype)
         weights = log_w.exp()
         total = weights.sum(-1)

@@ -152,7 +152,7 @@ class _Tally:
                     slope = pairs.spread(slope, term)
                 else:
                     values = term.fn(log_t, log_s, *extra)
-                if term.linear:
+                if term.linear and pairs.has_tail(log_s):
                     values = values + pairs.within(term, log_s)
                 weighted = _weigh(values, weights) * term.scale
             if slope is not None:
@@ -243,13 +243,14 @@ class _Pairs:
         of_tokens = self.student[term.temperature, torch.is_grad_enabled()]
         return self.teacher.spread(self.tile, slope, of_tokens, term.linear)
 
-    def within(self, term: Term, log_s: Tensor) -> Tensor | float:
+    def has_tail(self, log_s: Tensor) -> bool:
+        """Whether the events [m, K + 1] end with a tail."""
+        return isinstance(self.teacher, TopKRows) and log_s.shape[-1] > self.teacher.ids.shape[-1]
+
+    def within(self, term: Term, log_s: Tensor) -> Tensor:
         """What a linear term is more than on the events, log_s [m, K + 1]."""
-        if not (isinstance(self.teacher, TopKRows) and log_s.shape[-1] > self.teacher.ids.shape[-1]):
-            return 0.0
         of_tokens = self.student[term.temperature, torch.is_grad_enabled()]
-        more = self.teacher.within(self.tile, of_tokens, log_s[:, -1])
-        return 0.0 if more is None else more
+        return self.teacher.within(self.tile, of_tokens, log_s[:, -1])  # type: ignore[union-attr]
 
     def event(self, term: Term, rows: slice) -> Tensor:
         """The index of each row's label among the events."""
